@@ -1,0 +1,100 @@
+"""Raw log-probabilities of given tokens, in memory bounded by a byte budget.
+
+A chunk of columns is forwarded, its logits are reduced to the few numbers asked for, and the cache is handed on to the
+next chunk and, at the end, to whoever continues the text. No (B, T, V) tensor is built. Logprobs are of the float32
+logits, without temperature or nucleus (facebookresearch/llama, ``llama/generation.py``). What this module does not do:
+it samples nothing and trims nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# For the float32 logits of one chunk and what is made from them; see `columns_per_chunk`.
+CHUNK_BYTES = 64 << 20
+
+
+class TokenScores(NamedTuple):
+    """Logprobs of given tokens, and of the k most probable ones at the same places."""
+
+    logprobs: Tensor  # (B, T)
+    top_ids: Tensor  # (B, T, k)
+    top_logprobs: Tensor  # (B, T, k)
+
+
+def score(logits: Tensor, targets: Tensor, top: int) -> TokenScores:
+    """The targets' logprobs and the `top` best ones. logits: (B, T, V), targets: (B, T)."""
+    logits = logits.float()
+    norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # (B, T, 1)
+    chosen = (logits.gather(-1, targets[..., None]) - norm).squeeze(-1)
+    best, ids = logits.topk(top, dim=-1) if top else (logits[..., :0], targets[..., None][..., :0])
+    return TokenScores(chosen, ids, best - norm)
+
+
+def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
+    """One after the other along T."""
+    return TokenScores(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
+
+
+def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
+    """How many columns fit the budget: 4 bytes a logit, three times over (logits, a 16-bit copy or exp, the gather)."""
+    return max(1, chunk_bytes // (12 * batch * vocab_size))
+
+
+@torch.no_grad()
+def score_columns(
+    model: Any,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    real: Tensor | None = None,
+    top: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+    model_kwargs: dict[str, Any] | None = None,
+) -> tuple[TokenScores, Any]:
+    """Forward `input_ids` (B, T) in chunks; the scores of `targets` (B, T), each under the logits of its column.
+
+    Args:
+        attention_mask: (B, T), for left-padded rows; positions then count from each row's first real token.
+        real: (B, T), where the scores mean something; the mask if there is one, else everywhere.
+        top: how many best tokens to report at each place.
+        chunk_bytes: the memory budget of a chunk.
+
+    Returns:
+        The scores, and the model's cache of all T columns. Under padding the scores mean nothing.
+
+    Raises:
+        ValueError: a logit is nan or inf in a column that means something; row and position are named.
+    """
+    width = input_ids.shape[1]
+    step = columns_per_chunk(len(input_ids), model.config.get_text_config().vocab_size, chunk_bytes)
+    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    parts, sums, cache = [], [], None
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        inputs: dict[str, Any] = dict(model_kwargs or {})
+        if attention_mask is not None and positions is not None:
+            inputs |= {"attention_mask": attention_mask[:, :end], "position_ids": positions[:, start:end]}
+        output = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, return_dict=True, **inputs)
+        cache = output.past_key_values
+        parts.append(score(output.logits, targets[:, start:end].to(output.logits.device), top))
+        sums.append(output.logits.sum(-1, dtype=torch.float32))
+        del output
+    real = attention_mask if real is None else real
+    # The sum of a row's logits is finite only if every one of them is.
+    bad = ~torch.isfinite(torch.cat(sums, dim=1)) & (True if real is None else real.to(sums[0].device) != 0)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise nonfinite(row, 1 + (column if positions is None else int(positions[row, column])))
+    return concatenate(parts), cache
+
+
+def nonfinite(row: int, position: int) -> ValueError:
+    """The error for logits that no rule can sample or score."""
+    return ValueError(
+        f"the model's logits must be finite, but those for position {position} of row {row} hold nan or inf: "
+        "check the weights and the dtype (float16 overflows where bfloat16 and float32 do not)"
+    )

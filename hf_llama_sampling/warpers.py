@@ -1,0 +1,273 @@
+"""The rule as transformers' `LogitsProcessor`s: two stateless warpers and a sampler that draws by itself.
+
+All derive from `LogitsProcessor`, not from transformers' own warpers, which `generate_batch` replaces by its own. What
+this module does not do: it holds no rule (see `nucleus`), and it does not know where a text ends.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from . import noise as streams
+from .nucleus import Draw, nucleus_mask, sample_by_rank, sample_by_token, tempered
+
+TEMPERATURE = 0.6  # the reference's defaults, written once
+TOP_P = 0.9
+
+Stream = streams.MetaStream | streams.LookAhead | streams.PromptStreams
+PerRow = float | Sequence[float]
+
+
+class LlamaTemperatureLogitsWarper(LogitsProcessor):
+    r"""Divide the scores by the temperature in float32, as LLAMA2 does; temperature 0 leaves the best token alone.
+
+    Stateless. Pass it together with `LlamaTopPLogitsWarper` to any `generate(do_sample=True)`, and switch
+    transformers' own warpers off (`temperature=1.0, top_p=1.0, top_k=0`): they are added after yours.
+
+    Args:
+        temperature (`float`): 0 or above.
+
+    Raises:
+        ValueError: the temperature is negative, infinite or nan.
+
+    >>> warpers = [LlamaTemperatureLogitsWarper(0.6), LlamaTopPLogitsWarper(0.9)]
+    >>> model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, logits_processor=warpers)
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = check_temperature(temperature)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: (B, T), unused; scores: (B, V). Returns new float32 scores (B, V)."""
+        scores = scores.float()
+        if self.temperature == 0:
+            return one_hot(scores.argmax(-1), scores)
+        # Adding a constant to a row changes no probability; too cold a division would overflow without it.
+        probs_are_safe = self.temperature >= 1e-30
+        return scores / self.temperature if probs_are_safe else (scores - scores.amax(-1, keepdim=True)) / 1e-30
+
+
+class LlamaTopPLogitsWarper(LogitsProcessor):
+    r"""Keep LLAMA2's nucleus and set all other scores to -inf.
+
+    In descending order a token is dropped when the float32 mass before it, ``cumsum - p_i``, exceeds `top_p`
+    (facebookresearch/llama, ``sample_top_p``). Stateless; the temperature comes before it.
+
+    Args:
+        top_p (`float`): from 0 (the best token alone) to 1.
+
+    Raises:
+        ValueError: `top_p` is outside [0, 1].
+
+    >>> warper = LlamaTopPLogitsWarper(0.5)
+    >>> warper(None, torch.tensor([[0.5, 0.25, 0.25]]).log()).exp()  # transformers' own would keep one
+    tensor([[0.5000, 0.2500, 0.0000]])
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = check_top_p(top_p)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: (B, T), unused; scores: (B, V). Returns new scores (B, V)."""
+        kept = nucleus_mask(torch.softmax(scores.float(), dim=-1), self.top_p)
+        return scores.masked_fill(~kept, -math.inf)
+
+
+class LlamaSampler(LogitsProcessor):
+    r"""Draw LLAMA2's token and answer with a one-hot row: 0 at the token, -inf elsewhere.
+
+    For `generate(do_sample=False, logits_processor=[sampler])` on any model, after processors that edit logits.
+
+    Args:
+        temperature (`float` or one per row): 0 means the best token, and `top_p` then plays no part.
+        top_p (`float` or one per row): from 0 to 1.
+        generator (`torch.Generator`, *optional*): of the logits' device; torch's global one if not given. Draws are the
+            reference's, (B, V) values a step.
+        seeds (`int` or one per row, *optional*): one stream per row instead; an int means `seed, seed + 1, ...`. A
+            token's noise depends on its row's seed, its position in the row and its id.
+        attention_mask (`torch.Tensor` of shape (B, T), *optional*): with `seeds` and a left-padded batch, the prompts'
+            mask, so that positions count from each row's first real token.
+
+    Raises:
+        ValueError: a value out of range, `seeds` together with `generator`, or (at the call) a wrong number of rows.
+
+    >>> sampler = LlamaSampler(0.6, 0.9, seeds=7)
+    >>> model.generate(**inputs, do_sample=False, logits_processor=[sampler])
+    """
+
+    def __init__(
+        self,
+        temperature: PerRow = TEMPERATURE,
+        top_p: PerRow = TOP_P,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        if seeds is not None and generator is not None:
+            raise ValueError(both_streams())
+        if attention_mask is not None and seeds is None:
+            raise ValueError(
+                "attention_mask sets the positions of per-prompt streams, so it needs seeds: give seeds, or drop it"
+            )
+        self.temperature = per_row("temperature", temperature, check_temperature)
+        self.top_p = per_row("top_p", top_p, check_top_p)
+        self.generator = generator
+        self.seeds = seeds
+        self.pads = None if attention_mask is None else (attention_mask == 0).sum(-1).tolist()
+        self.stream: Stream | None = None if seeds is not None else streams.MetaStream(generator)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V), one-hot."""
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"LlamaSampler needs input_ids of shape (B, T), got {tuple(input_ids.shape)}: under continuous "
+                "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
+            )
+        rows = len(scores)
+        if self.seeds is not None and (self.stream is None or len(self.stream.seeds) != rows):  # type: ignore[union-attr]
+            pads = self.pads or [0] * rows
+            check_count("attention_mask", len(pads), rows)
+            self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
+        draw = sample(
+            scores.float(),
+            for_rows("temperature", self.temperature, scores),
+            for_rows("top_p", self.top_p, scores),
+            self.stream,
+            input_ids.shape[1],
+        )
+        return one_hot(draw.tokens, scores)
+
+
+def sample(logits: Tensor, temperature: float | Tensor, top_p: float | Tensor, stream: Stream, column: int) -> Draw:
+    """The ladder of one step: scale, keep the nucleus, draw. logits: (B, V) float32; per-row settings: (B, 1)."""
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        tokens = logits.argmax(-1)
+        return Draw(tokens, torch.ones_like(tokens, dtype=torch.float32))
+    noise = stream.step(logits.shape, logits.device, column)
+    by = sample_by_rank if stream.by_rank else sample_by_token
+    draw = by(tempered(logits, temperature), top_p, noise)
+    if not isinstance(temperature, Tensor):
+        return draw
+    greedy = (temperature == 0).squeeze(1)
+    return Draw(torch.where(greedy, logits.argmax(-1), draw.tokens), torch.where(greedy, 1.0, draw.probs))
+
+
+def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from the nucleus of each row: equal to the reference's ``sample_top_p`` bit for bit, ties included.
+
+    Args:
+        probs: (B, V) float32, each row summing to 1.
+        p: from 0 to 1.
+        generator: of the same device; torch's global one if not given. It is left as the reference leaves it.
+
+    Returns:
+        ids, LongTensor (B, 1).
+
+    Raises:
+        ValueError: `p` is outside [0, 1], or `probs` is not of two dimensions.
+    """
+    if probs.dim() != 2:
+        raise ValueError(
+            f"probs must be of shape (B, V), got {tuple(probs.shape)}: add a batch dimension with probs[None]"
+        )
+    noise = streams.MetaStream(generator).step(probs.shape, probs.device, 0)
+    return sample_by_rank(probs.float(), check_top_p(p), noise).tokens[:, None]
+
+
+def one_hot(tokens: Tensor, scores: Tensor) -> Tensor:
+    """(B, V) float32: 0 at `tokens` (B,), -inf elsewhere, so that argmax and softmax both give the token."""
+    row = torch.full(scores.shape, -math.inf, dtype=torch.float32, device=scores.device)
+    return row.scatter_(1, tokens[:, None], 0.0)
+
+
+def check_temperature(value: Any, where: str = "") -> float:
+    """A temperature as a float: 0 or above and finite."""
+    number = _number("temperature", value, where)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or a finite number above it, got {value!r}{where}")
+    return number
+
+
+def check_top_p(value: Any, where: str = "") -> float:
+    """A `top_p` as a float: from 0 to 1."""
+    number = _number("top_p", value, where)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"top_p must lie in [0, 1], got {value!r}{where}: 1 keeps nearly all tokens, 0 the best one alone"
+        )
+    return number
+
+
+def _number(name: str, value: Any, where: str) -> float:
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name} must be a number, got {value!r}{where}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}{where}") from None
+
+
+def per_row(name: str, values: Any, check: Any) -> float | list[float]:
+    """A number, or a list of one per row; a list of one and the same number is that number."""
+    if isinstance(values, Tensor) and values.dim() == 0:
+        values = values.item()
+    if not isinstance(values, (Sequence, Tensor)) or isinstance(values, (str, bytes)):
+        number: float = check(values)
+        return number
+    items = values.tolist() if isinstance(values, Tensor) else values
+    numbers = [check(value, f" for row {row}") for row, value in enumerate(items)]
+    if not numbers:
+        raise ValueError(f"{name} must be a number or one per row, got an empty list")
+    return numbers
+
+
+def for_rows(name: str, value: float | list[float], scores: Tensor) -> float | Tensor:
+    """Per-row settings as a tensor (B, 1) beside `scores` (B, V); a shared one stays a Python number.
+
+    The difference matters: on CUDA a division by a number and one by a tensor round differently, and the reference
+    divides by a number.
+    """
+    if not isinstance(value, list):
+        return value
+    check_count(name, len(value), len(scores))
+    if len(set(value)) == 1:
+        return value[0]
+    return torch.tensor(value, dtype=torch.float32, device=scores.device)[:, None]
+
+
+def check_count(name: str, found: int, rows: int) -> None:
+    """One value per row, no more and no fewer."""
+    if found != rows:
+        raise ValueError(f"{name} must be one value or one per row, got {found} for {rows} rows")
+
+
+def check_seeds(seeds: int | Sequence[int], rows: int) -> list[int]:
+    """One seed per row; an int means `seed, seed + 1, ...`."""
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist()
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        listed = list(range(seeds, seeds + rows))
+    elif isinstance(seeds, Sequence) and not isinstance(seeds, (str, bytes)):
+        listed = list(seeds)
+    else:
+        raise TypeError(f"seeds must be an int or one int per row, got {seeds!r}")
+    check_count("seeds", len(listed), rows)
+    for row, seed in enumerate(listed):
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seeds must be ints, got {seed!r} for row {row}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seeds must lie in [0, 2**64), got {seed} for row {row}")
+    return listed
+
+
+def both_streams() -> str:
+    """The refusal of two contracts at once."""
+    return (
+        "seeds and generator exclude each other: seeds draw one stream per row, generator is Meta's single stream; "
+        "give one of the two"
+    )

@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test benchmarks clean
 
 demo: .venv/installed
-	$(BIN)/hf-llama-sampling complete --seed 1 --max-gen-len 48 --logprobs "ROMEO:" "First Citizen:"
+	$(BIN)/hf-llama-sampling complete --seed 1 --max-gen-len 40 --logprobs "ROMEO:" "First Citizen:"
 	$(BIN)/hf-llama-sampling parity --quick
 
 test: .venv/tests
@@ -18,7 +18,7 @@ benchmarks: .venv/tests
 	$(BIN)/python -m tests.benchmarks
 
 .venv/installed: pyproject.toml tests/constraints.txt
-	$(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable .
 	touch $@
 

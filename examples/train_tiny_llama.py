@@ -19,16 +19,16 @@ from tokenizers import decoders, normalizers, processors
 from tqdm import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-VOCAB, BLOCK, BATCH, PEAK_LR = 1024, 256, 16, 2e-3
+BLOCK, BATCH, PEAK_LR = 256, 16, 2e-3
 
 
-def train_tokenizer(speeches: list[str], out: Path) -> spm.SentencePieceProcessor:
+def train_tokenizer(speeches: list[str], out: Path, vocab: int) -> spm.SentencePieceProcessor:
     """A SentencePiece BPE model of LLAMA2's structure: byte fallback, unk 0, bos 1, eos 2, no pad."""
     spm.SentencePieceTrainer.Train(
         sentence_iterator=iter(line for speech in speeches for line in speech.splitlines()),
         model_prefix=str(out / "tokenizer"),
         model_type="bpe",
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
@@ -45,10 +45,10 @@ def train_tokenizer(speeches: list[str], out: Path) -> spm.SentencePieceProcesso
     return spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
 
 
-def new_model() -> LlamaForCausalLM:
+def new_model(vocab: int) -> LlamaForCausalLM:
     """Six query heads over two key-value heads, embeddings tied: 1.8 million parameters."""
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -75,19 +75,21 @@ def held_out_loss(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
     return total / count
 
 
-def unigram_loss(train: list[list[int]], held_out: list[list[int]]) -> float:
+def unigram_loss(train: list[list[int]], held_out: list[list[int]], vocab: int) -> float:
     """The same figure for a model that knows only how often each token occurs (add-one smoothing)."""
-    counts = torch.ones(VOCAB, dtype=torch.float64)
+    counts = torch.ones(vocab, dtype=torch.float64)
     for document in train:
-        counts += torch.bincount(torch.tensor(document[1:]), minlength=VOCAB)
+        counts += torch.bincount(torch.tensor(document[1:]), minlength=vocab)
     logprobs = (counts / counts.sum()).log()
     tokens = torch.tensor([token for document in held_out for token in document[1:]])
     return -float(logprobs[tokens].mean())
 
 
-def train_model(train: list[list[int]], held_out: list[list[int]], steps: int) -> tuple[LlamaForCausalLM, float]:
+def train_model(
+    train: list[list[int]], held_out: list[list[int]], vocab: int, steps: int
+) -> tuple[LlamaForCausalLM, float]:
     """AdamW with warm-up and cosine decay over shuffled documents; returns the best weights and their loss."""
-    model = new_model()
+    model = new_model(vocab)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -121,7 +123,7 @@ def train_model(train: list[list[int]], held_out: list[list[int]], steps: int) -
 
 
 def transformers_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The same pieces as a `tokenizer.json` that encodes as SentencePiece does: one space before every text, BOS first."""
+    """The same pieces as a `tokenizer.json` that encodes as SentencePiece does: a space before each text, BOS first."""
     backend = LlamaTokenizer.from_pretrained(folder).backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.pre_tokenizer = None
@@ -143,7 +145,7 @@ def transformers_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def write(model: LlamaForCausalLM, out: Path) -> None:
-    """float16 safetensors plus tokenizer files, so that plain AutoModelForCausalLM and AutoTokenizer load the folder."""
+    """float16 safetensors plus tokenizer files, so that plain AutoModelForCausalLM and AutoTokenizer load it."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.half().save_pretrained(out)
     transformers_tokenizer(out).save_pretrained(out)
@@ -154,7 +156,14 @@ def write(model: LlamaForCausalLM, out: Path) -> None:
 
 
 def card(
-    parameters: int, loss: float, unigram: float, speeches: int, held: int, chars_per_token: float, steps: int
+    parameters: int,
+    vocab: int,
+    loss: float,
+    unigram: float,
+    speeches: int,
+    held: int,
+    chars_per_token: float,
+    steps: int,
 ) -> str:
     """The model card; every figure in it comes from the run that wrote the weights."""
     return f"""---
@@ -165,12 +174,12 @@ pipeline_tag: text-generation
 # tiny_llama
 
 A LLAMA2-architecture model small enough to ship: {parameters:,} parameters, float16, 4 layers, 6 query heads over 2
-key-value heads, tied embeddings, context 512; a SentencePiece BPE tokenizer of LLAMA2's structure ({VOCAB} pieces,
+key-value heads, tied embeddings, context 512; a SentencePiece BPE tokenizer of LLAMA2's structure ({vocab:,} pieces,
 byte fallback, `unk` 0, `bos` 1, `eos` 2, no pad).
 
 Trained by `examples/train_tiny_llama.py` on public-domain Shakespeare ({speeches:,} speeches, {held:,} of them held
-out; {steps:,} steps of {BATCH} x {BLOCK} tokens). A document is one speech between BOS and EOS. It is there to try the package,
-to test it and to show its numbers; it knows nothing.
+out; {steps:,} steps of {BATCH} x {BLOCK} tokens). A document is one speech between BOS and EOS. It is there to try the
+package, to test it and to show its numbers; it knows nothing.
 
 | held-out loss | nats per token | bits per character |
 |---|---|---|
@@ -185,20 +194,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=900)
     args = parser.parse_args()
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
     speeches = re.split(r"\n{2,}", args.text.read_text(encoding="utf-8").strip())
-    tokenizer = train_tokenizer(speeches, args.out)
+    tokenizer = train_tokenizer(speeches, args.out, args.vocab)
     documents = [[tokenizer.bos_id(), *tokenizer.Encode(speech), tokenizer.eos_id()] for speech in speeches]
     train = [d for i, d in enumerate(documents) if i % 20]
     held_out = documents[::20]
-    model, loss = train_model(train, held_out, args.steps)
+    model, loss = train_model(train, held_out, args.vocab, args.steps)
     write(model, args.out)
     chars_per_token = sum(map(len, speeches[::20])) / sum(len(d) - 1 for d in held_out)
-    unigram = unigram_loss(train, held_out)
-    text = card(model.num_parameters(), loss, unigram, len(speeches), len(held_out), chars_per_token, args.steps)
+    unigram = unigram_loss(train, held_out, args.vocab)
+    text = card(
+        model.num_parameters(), args.vocab, loss, unigram, len(speeches), len(held_out), chars_per_token, args.steps
+    )
     (args.out / "README.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -131,6 +131,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
     }
     call = Call(options=said, to_loop={}, to_model={})
     call.options["config"] = {name: call.options.pop(name) for name in ("temperature", "top_p") if name in said}
+    known_options = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | set(defaults)
     known = set(inspect.signature(model.forward).parameters) - {"kwargs", "args"}
     for name, value in kwargs.items():
         if name in REFUSED:
@@ -138,7 +139,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
                 raise ValueError(f"{name} has no place in LLAMA2's sampler: {WAYS_OUT.get(name, 'leave it out')}")
         elif name in TO_THE_LOOP:
             call.to_loop[name] = value
-        elif name in defaults or hasattr(GenerationConfig(), name):
+        elif name in known_options:
             call.options[name] = value
         elif name in known:
             call.to_model[name] = value
@@ -164,13 +165,14 @@ def choose_temperature(given: PerRow | None, options: dict[str, Any]) -> float |
     """From the call, else from a config given in the call, else Meta's default; `do_sample=False` means 0."""
     do_sample = options.get("do_sample")
     if do_sample is False:
-        if given is not None and per_row("temperature", given, check_temperature) != 0:
+        asked = None if given is None else per_row("temperature", given, check_temperature)
+        if asked is not None and set(asked if isinstance(asked, list) else [asked]) != {0}:
             raise ValueError(f"do_sample=False means temperature 0, but the call says {given!r}: drop one of the two")
         return 0.0
     value = per_row(
         "temperature", first_of(given, options["config"].get("temperature"), TEMPERATURE), check_temperature
     )
-    if do_sample is True and value == 0:
+    if do_sample is True and set(value if isinstance(value, list) else [value]) == {0}:
         raise ValueError("do_sample=True asks to sample, but temperature 0 is greedy: drop one of the two")
     return value
 
@@ -182,8 +184,8 @@ def choose_top_p(given: PerRow | None, options: dict[str, Any]) -> float | list[
 
 def same_thing(name: str, given: Any, alias: str, other: Any) -> Any:
     """The value of an argument that has two spellings."""
-    if given is not None and other is not None and given != other:
-        raise ValueError(f"{alias} means {name}, but they differ ({other} and {given}): drop one of the two")
+    if given is not None and other is not None and (isinstance(given, Tensor) or plain(given) != plain(other)):
+        raise ValueError(f"{alias} means {name}, but both are given and differ: drop one of the two")
     return first_of(given, other)
 
 
@@ -291,12 +293,16 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
 
 
 def choose_schedule(
-    asked: Schedule, lengths: Sequence[int], limits: Sequence[int], context: int | None, counting: Sequence[str]
+    asked: Schedule, lengths: Sequence[int], limits: Sequence[int], context: int | None, editing: Sequence[str]
 ) -> Literal["dense", "padded"]:
     """Padded where the batch is ragged and fits the model's context that way, dense otherwise.
 
     Beyond the context a padded batch would put rows that are done, and wait for others, at positions the model has not.
+    `editing` are the options in force that edit logits: those on n-grams would count padding as text, and those that
+    count from the prompts' end need all prompts to end in one column.
     """
+    counting = [name for name in editing if name in COUNTING]
+    on_ngrams = {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size"} & set(editing)
     width = max(lengths) + max(limits)
     fits = context is None or width <= context
     ragged = min(lengths) < max(lengths)
@@ -305,7 +311,7 @@ def choose_schedule(
             f'schedule="padded" needs the longest prompt and the most new tokens of any row to fit together in the '
             f'model\'s context of {context} tokens, got {width}: take schedule="dense", or fewer new tokens'
         )
-    padded = asked == "padded" or (asked == "auto" and ragged and fits)
+    padded = asked == "padded" or (asked == "auto" and ragged and fits and not on_ngrams)
     if counting and ragged and not padded:
         raise ValueError(
             f"{counting[0]} counts from where all prompts end, and in the dense schedule a ragged batch has no such "
@@ -326,6 +332,27 @@ def whole(name: str, value: Any, *, least: int, most: int | None = None, where: 
         bound = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be {bound}, got {number}{where}")
     return number
+
+
+def plain(value: Any) -> Any:
+    """A tensor's or an array's values as Python ones; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """A generator draws on its own device only."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {generator!r}: pass torch.Generator(device).manual_seed(...), "
+            "or seeds= for one stream per prompt"
+        )
+    if generator.device.type != device.type:
+        raise ValueError(
+            f"generator must live on the model's device {device}, got one on {generator.device}: make it with "
+            f"torch.Generator({device.type!r})"
+        )
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -361,6 +388,14 @@ def context_of(model: Any) -> int | None:
     """The longest text the model was made for, or None where its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where token ids go. An offloaded embedding is on no device: accelerate runs it where the first real one is."""
+    if model.device.type != "meta":
+        return torch.device(model.device)
+    placed = [where for where in getattr(model, "hf_device_map", {}).values() if where not in ("cpu", "disk")]
+    return torch.device(placed[0] if placed else "cpu")
 
 
 def eos_ids_of(model: Any, options: dict[str, Any]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def parity(arguments: argparse.Namespace) -> int:
     from .generation import with_llama_generation
     from .parity import checks
 
+    transformers.utils.logging.disable_progress_bar()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")
     loaded = AutoModelForCausalLM.from_pretrained(str(arguments.model), dtype=torch.float32)
@@ -133,7 +135,7 @@ def parity(arguments: argparse.Namespace) -> int:
     for check in results:
         bound = f", logprobs within {check.difference:.1e}" if "generation" in check.name else ""
         verdict = "ok" if check.passed else "DIFFERENT"
-        print(f"parity: {check.name}: {check.equal} of {check.total} rows equal to the reference{bound}: {verdict}")
+        print(f"parity: {check.name}: {check.equal} of {check.total} rows equal{bound}: {verdict}")
     passed = all(check.passed for check in results)
     print(f"parity: {'all equal' if passed else 'NOT EQUAL'} ({where})")
     return 0 if passed else 1
@@ -203,8 +205,12 @@ def _progress(tokens: int) -> Iterator[Any]:
 
 
 def _beside(tokens: Sequence[str], logprobs: Sequence[float]) -> str:
-    """One token a line, its logprob before it."""
-    return "\n".join(f"{value:9.4f}  {token!r}" for token, value in zip(tokens, logprobs, strict=True))
+    """Each token with its logprob after it, as many to a line as fit."""
+    pairs = (f"{token!r}\u00a0{value:.4f}" for token, value in zip(tokens, logprobs, strict=True))
+    # No-break spaces hold a pair together; a token's own blanks are kept by the same trick.
+    joined = "  ".join(pair.replace(" ", "\u00a0") for pair in pairs)
+    lines = textwrap.wrap(joined, width=100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
 def _parser() -> argparse.ArgumentParser:

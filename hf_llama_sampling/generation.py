@@ -6,8 +6,9 @@ criterion says which rows are done. What this module does not do: it never sees 
 """
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,7 @@ class LlamaGenerationMixin(GenerationMixin):
         rows = len(prompts) * copies
         if seeds is not None and generator is not None:
             raise ValueError(both_streams())
+        arguments.check_generator(generator, arguments.device_of(self))
 
         total = arguments.same_thing("max_seq_len", max_seq_len, "max_length", options.get("max_length"))
         max_seq_len = context_of(self) if total is None else whole("max_seq_len", total, least=1)
@@ -181,8 +183,8 @@ class LlamaGenerationMixin(GenerationMixin):
         lengths = [len(prompt) for prompt in prompts]
         eos_ids = arguments.eos_ids_of(self, options)
         editing = sorted(name for name in arguments.EDITING if options.get(name) is not None)
-        counting = [name for name in editing if name in arguments.COUNTING]
-        chosen = arguments.choose_schedule(schedule, lengths, limits, context_of(self), counting)
+        chosen = arguments.choose_schedule(schedule, lengths, limits, context_of(self), editing)
+        pad_id = arguments.first_of(options.get("pad_token_id"), self.generation_config.pad_token_id, *eos_ids, 0)
 
         run = Run(
             prompts=prompts,
@@ -191,21 +193,24 @@ class LlamaGenerationMixin(GenerationMixin):
             temperature=copied_setting("temperature", arguments.choose_temperature(temperature, options), copies, rows),
             top_p=copied_setting("top_p", arguments.choose_top_p(top_p, options), copies, rows),
             eos_ids=eos_ids,
-            pad_id=arguments.first_of(options.get("pad_token_id"), self.generation_config.pad_token_id, *eos_ids, 0),
+            pad_id=pad_id,
+            # Old checkpoints name a pad token that cannot be embedded, such as -1.
+            filler=pad_id if 0 <= pad_id < vocab_size_of(self) else arguments.first_of(*eos_ids, 0),
             wants_scores=bool(logprobs or top),
             top=top,
             edited=bool(
                 editing or call.to_loop.get("logits_processor") or call.to_loop.get("prefix_allowed_tokens_fn")
             ),
-            device=self.device,
+            device=arguments.device_of(self),
             generator=generator,
             seeds=None if seeds is None else copied(check_seeds(seeds, rows // copies), copies),
             copies=list(range(copies)) * (rows // copies),
+            agree=_agreement(self),
         )
         unshifted = compat == "meta" and min(lengths) == run.total_len
         done, extras = self._run(run, call, echo=echo, unshifted=unshifted, chunk_bytes=chunk_bytes)
 
-        sequences = in_one_tensor(done.tokens, lengths, run.pad_id).to(self.device)
+        sequences = in_one_tensor(done.tokens, lengths, run.pad_id).to(run.device)
         if was_tensor and not (run.wants_scores or echo or options.get("return_dict_in_generate")):
             return sequences
         spans = [
@@ -362,6 +367,36 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
         return model
     refuse_encoder_decoder(model)
     twin = copy.copy(model)
-    # The class keeps its name: `save_pretrained` writes it into the config, where AutoModel looks it up.
-    twin.__class__ = type(type(model).__name__, (LlamaGenerationMixin, type(model)), {"__module__": __name__})
+    model_class: Any = type(model)
+    twin.__class__ = _with_mixin(model_class)
     return twin
+
+
+@functools.cache
+def _with_mixin(model_class: Any) -> Any:
+    """The class with the mixin before it, under the same name: `save_pretrained` writes that into the config."""
+    # Pickling looks a class up by its name, so the twin is rebuilt from the class that it was made of.
+    members = {"__module__": __name__, "__reduce__": lambda self: (_blank_twin, (model_class,), self.__dict__)}
+    return type(model_class.__name__, (LlamaGenerationMixin, model_class), members)
+
+
+def _blank_twin(model_class: Any) -> Any:
+    twin_class = _with_mixin(model_class)
+    return twin_class.__new__(twin_class)
+
+
+def _agreement(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """For a tensor-parallel model: hands every rank the first one's tokens (B,). Each rank draws for itself."""
+    if (getattr(model, "tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
+        return None
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
+    group = None if mesh is None else mesh.get_group("tp" if "tp" in names else 0)
+
+    def agree(tokens: Tensor) -> Tensor:
+        tokens = tokens.contiguous()
+        torch.distributed.broadcast(tokens, torch.distributed.get_global_rank(group, 0) if group else 0, group)
+        return tokens
+
+    return agree

@@ -110,7 +110,7 @@ def sample_by_rank(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
     if not _may_look(probs):
         return _race(sorted_nucleus(probs, top_p), noise, None)[0]
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
-    draw, rank = _race(nucleus, noise, None)
+    draw, rank = _race(_shortest(nucleus), noise, None)
     rows = _where_not(complete & ~_tied_winner(nucleus.ordered, rank))
     if rows is not None:
         exact, _ = _race(sorted_nucleus(probs[rows], _rows_of(top_p, rows)), noise, rows)
@@ -176,6 +176,8 @@ def _may_look(probs: Tensor) -> bool:
 def _where_not(sure: Tensor) -> Tensor | None:
     """The rows (R,) where `sure` (B,) is false, or None where there are none. CPU only: it looks."""
     rows = (~sure).numpy().nonzero()[0]
+    if len(rows) == 1 < len(sure):
+        rows = rows.repeat(2)  # with several threads torch sums a lone row in another order than a row of several
     return torch.from_numpy(rows) if len(rows) else None
 
 

@@ -55,7 +55,7 @@ def draws(device: torch.device, rows: int, seed: int) -> Check:
             ours, theirs = torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(seed)
             same = sample_top_p(probs, top_p, generator=ours) == reference_sample_top_p(probs, top_p, generator=theirs)
             equal, total = equal + int(same.sum()), total + len(same)
-    return Check("draws", equal, total)
+    return Check("draws against the reference", equal, total)
 
 
 def generation(model: Any, schedule: str, batches: int, seed: int) -> Check:
@@ -80,7 +80,7 @@ def generation(model: Any, schedule: str, batches: int, seed: int) -> Check:
             if same and logprobs is not None:
                 pairs = zip(ours.logprobs[row], logprobs[row], strict=True)
                 difference = max([difference, *(abs(a - b) for a, b in pairs)])
-    return Check(f"{schedule} generation", equal, total, difference)
+    return Check(f"{schedule} generation against the reference", equal, total, difference)
 
 
 def streams(model: Any, batches: int, seed: int) -> Check:
@@ -91,7 +91,7 @@ def streams(model: Any, batches: int, seed: int) -> Check:
         for row, prompt in enumerate(prompts):
             equal += model.generate([prompt], max_gen_len=24, seeds=[seed + row]).tokens == [together[row]]
             total += 1
-    return Check("one stream per prompt", equal, total)
+    return Check("a prompt alone against the same in a batch", equal, total)
 
 
 def _generator(model: Any, seed: int) -> torch.Generator:

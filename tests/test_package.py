@@ -1,0 +1,99 @@
+"""The public surface, the bundled model, and what the built wheel carries."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import HERE, TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_llama_sampling
+
+SURFACE = [
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "LlamaForCausalLM",
+    "LlamaGenerateOutput",
+    "LlamaGenerationMixin",
+    "LlamaSampler",
+    "LlamaScoreOutput",
+    "LlamaTemperatureLogitsWarper",
+    "LlamaTopPLogitsWarper",
+    "Message",
+    "Role",
+    "Tokenizer",
+    "sample_top_p",
+    "with_llama_generation",
+]
+
+
+def test_public_surface():
+    """What a user may import is exactly this; a change is deliberate."""
+    assert sorted(hf_llama_sampling.__all__) == SURFACE
+    assert all(getattr(hf_llama_sampling, name).__doc__ for name in SURFACE if name not in ("Dialog", "Role"))
+
+
+@pytest.mark.parametrize("module", ["trimming", "dialog", "tokenizer"])
+def test_pure_modules_do_not_import_torch(module):
+    """They can be loaded, and read, without the rest."""
+    code = (
+        "import sys, types, importlib\n"
+        "package = types.ModuleType('hf_llama_sampling')\n"
+        f"package.__path__ = [{str(HERE.parent / 'hf_llama_sampling')!r}]\n"
+        "sys.modules['hf_llama_sampling'] = package\n"
+        f"importlib.import_module('hf_llama_sampling.{module}')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_reference_imports_nothing_of_the_rest():
+    """The oracle does not share code with what it checks."""
+    source = (HERE.parent / "hf_llama_sampling" / "reference.py").read_text()
+    assert "hf_llama_sampling" not in source.replace("facebookresearch", "") and "from ." not in source
+
+
+def test_bundled_model_is_small_and_plain():
+    """At most 4 MB in all, 16-bit, grouped-query attention; loads with transformers' own classes."""
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 4_000_000
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    assert model.dtype == torch.float16
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.pad_token_id is None
+
+
+def test_bundled_model_is_better_than_counting_words(tiny_model):
+    """Its card's figures: far below the unigram baseline, and reproduced here on text that it was not trained on."""
+    card = (TINY / "README.md").read_text()
+    rows = [line.split("|") for line in card.splitlines() if line.startswith("| ")]
+    loss = {row[1].strip(): float(row[2]) for row in rows if row[2].strip()[0].isdigit()}
+    assert loss["this model"] < 0.6 * loss["unigram baseline"]
+    tokenizer = hf_llama_sampling.Tokenizer(TINY / "tokenizer.model")
+    text = "HERMIA:\nI pray thee, speak no more of love to me,\nFor I have sworn to leave this house to-night."
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    (logprobs,) = tiny_model.score_tokens([ids]).logprobs
+    assert -sum(logprobs) / (len(ids) - 1) < 0.75 * loss["unigram baseline"]
+
+
+def test_bundled_model_learned_to_stop(tiny_model):
+    """Most sampled speeches end by EOS before 200 tokens."""
+    output = tiny_model.generate([[1]] * 16, max_gen_len=200, seeds=0)
+    assert output.finish_reason.count("stop") >= 12
+
+
+def test_wheel_carries_the_model_and_the_types(tmp_path):
+    """The built wheel holds the bundled model and py.typed, and no tests."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*command, str(tmp_path), str(HERE.parent)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hf_llama_sampling/py.typed" in names
+    assert "hf_llama_sampling/tiny_llama/model.safetensors" in names
+    assert "hf_llama_sampling/tiny_llama/tokenizer.model" in names
+    assert not [name for name in names if name.startswith(("tests", "examples"))]

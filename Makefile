@@ -14,7 +14,8 @@ test: .venv/tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-benchmarks: .venv/tests
+benchmarks: .venv/installed
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test,bench]"
 	$(BIN)/python -m tests.benchmarks
 
 .venv/installed: pyproject.toml tests/constraints.txt
@@ -23,7 +24,7 @@ benchmarks: .venv/tests
 	touch $@
 
 .venv/tests: .venv/installed
-	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
 clean:

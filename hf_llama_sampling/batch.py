@@ -204,10 +204,7 @@ def run(
     with _opened(input) as file:
         survey = Survey(file, asker.settings)
         worker = _Worker(asker, file, survey, state, strict=strict, rows=rows, tokens=batch_tokens, window=window)
-        if str(output) == STREAM:
-            summary = _to_stream(worker)
-        else:
-            summary = _to_file(worker, RunFolder(output), existing)
+        summary = _to_stream(worker) if str(output) == STREAM else _to_file(worker, RunFolder(output), existing)
     return summary._replace(seconds=time.monotonic() - start)
 
 
@@ -225,6 +222,8 @@ def _to_file(worker: "_Worker", folder: "RunFolder", existing: Existing) -> Summ
     standing = folder.standing(claim, existing)
     _wait(state)  # nothing is changed before everyone has seen what there is
     if standing == "complete":
+        if state.is_main_process:
+            folder.let_parts_go()
         return folder.finished()
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
@@ -328,7 +327,7 @@ def _spooled(stream: BinaryIO) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile() as file:
         for block in iter(lambda: stream.read(1 << 20), b""):
             file.write(block)
-        yield file  # type: ignore[misc]
+        yield file
 
 
 def parse(line: bytes) -> dict[str, Any]:
@@ -377,9 +376,9 @@ def _finite(text: str) -> float:
 
 
 def content(line: bytes) -> bytes:
-    """What a record says, whatever its spacing and the order of its fields. A line that is no record stands for itself."""
+    """What a record says, whatever its spacing and the order of its fields; a line that is no record, as it is."""
     try:
-        return json.dumps(parse(line), sort_keys=True, separators=(",", ":")).encode()
+        return _canonical(parse(line)).encode()
     except ValueError:
         return b"!" + line.strip()
 
@@ -422,6 +421,16 @@ class Survey:
         if bool((self.sorted[1:] == self.sorted[:-1]).any()):
             raise Refused("two different records have the same 64-bit key: split the input in two")
         self.description = {"records": len(keys), "bytes": size, "blake2b": whole_input.hexdigest()}
+        self.stamp = _stamp(file)
+
+    def check_unchanged(self, file: BinaryIO) -> None:
+        """Nobody writes to the input while it is read.
+
+        Raises:
+            ValueError: it is not as it was in the first pass.
+        """
+        if _stamp(file) != self.stamp:
+            raise ValueError("the input was changed during the run: start again with a file that stays as it is")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -430,6 +439,11 @@ class Survey:
         """Where the record with this key stands, or None if there is none."""
         index = int(np.searchsorted(self.sorted, np.uint64(key)))
         return int(self.order[index]) if index < len(self.sorted) and int(self.sorted[index]) == key else None
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _repeats(digests: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -496,11 +510,11 @@ class Asker:
         record: dict[str, Any] = {}
         try:
             record = parse(line)
-            return self._question(place, record, repeat, content(line))
+            return self._question(place, record, repeat)
         except (TypeError, ValueError) as error:
             return _error(place, record.get("id"), str(error))
 
-    def _question(self, place: int, record: dict[str, Any], repeat: int, said: bytes) -> Question:
+    def _question(self, place: int, record: dict[str, Any], repeat: int) -> Question:
         for name in record:
             if name not in _FIELDS:
                 raise ValueError(
@@ -521,7 +535,7 @@ class Asker:
             top_p=check_top_p(record.get("top_p", self.top_p)),
             limit=0 if self.score else min(limit, most - len(prompt)),
             # 53 bits, which every JSON reader keeps.
-            seed=_hash(self.seed, said, repeat) >> 11 if own_seed is None else _seed(own_seed),
+            seed=_hash(self.seed, _canonical(record), repeat) >> 11 if own_seed is None else _seed(own_seed),
         )
 
     def _prompt(self, record: dict[str, Any]) -> list[int]:
@@ -709,7 +723,9 @@ class Halving:
                 if len(batch) > 1:
                     self.most = min(self.most, cost(batch) // 2)
                     logger.warning("out of memory with a batch of %d records: halved", len(batch))
-                return "the memory does not suffice for this record alone: shorten it, lower max_gen_len, or use a larger device"
+                return (
+                    "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
+                )
             if not isinstance(error, ValueError):
                 raise
             return str(error)
@@ -752,18 +768,23 @@ class _Worker:
         def put(answers: Sequence[Answer]) -> None:
             for answer in answers:
                 if answer.tokens == ERROR:
-                    self._report(answer)
+                    if self.strict:
+                        raise ValueError(_strictly(answer))
+                    logger.warning("%s", _said(answer))
             keep(answers)
             progress.add(answers)
 
         self.file.seek(0)
         for start in range(0, len(done), self.window):
             lines = list(itertools.islice(self.file, min(self.window, len(done) - start)))
+            self.survey.check_unchanged(self.file)
             if all(done[start : start + len(lines)]):
                 continue
             questions, wrong = self._read(start, lines)
+            if wrong and self.strict:
+                raise Refused(_strictly(wrong[0]))  # every process reads the window, and stops here
             wrong = [answer for answer in wrong if not done[answer.place]]
-            if wrong and (self.strict or self.state.is_main_process):
+            if wrong and self.state.is_main_process:
                 put(wrong)
             for batch in batches(questions, rows=self.rows, tokens=self.tokens):
                 batch = [question for question in batch if not done[question.place]]
@@ -779,11 +800,13 @@ class _Worker:
             questions.append(found) if isinstance(found, Question) else wrong.append(found)
         return questions, wrong
 
-    def _report(self, answer: Answer) -> None:
-        message = f"line {answer.record['line']}: {answer.record['error']}"
-        if self.strict:
-            raise Refused(f"{message} (strict: the run stops here; what was answered before is kept)")
-        logger.warning("%s", message)
+
+def _said(answer: Answer) -> str:
+    return f"line {answer.record['line']}: {answer.record['error']}"
+
+
+def _strictly(answer: Answer) -> str:
+    return f"{_said(answer)} (strict: the run stops here, and keeps what was answered before)"
 
 
 # Output
@@ -856,8 +879,8 @@ class Part:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         if not _lock(self.file):
             self.file.close()
-            raise Refused(
-                f"another run is writing this output ({path.name} is in use): wait for its end, or stop it first"
+            raise BlockingIOError(
+                f"another run is writing this output ({str(path)!r} is in use): wait for its end, or stop it first"
             )
 
     def __enter__(self) -> "Part":
@@ -882,7 +905,7 @@ class Part:
             while rest:
                 rest = rest[self.file.write(rest) or 0 :]
             os.fsync(self.file.fileno())
-            if os.fstat(self.file.fileno()).st_nlink == 0 or not self.path.exists():
+            if not self.path.exists():
                 raise FileNotFoundError(
                     f"the part file {str(self.path)!r} was removed during the run: the same command makes its answers "
                     "again, and keeps those of the other part files"
@@ -943,7 +966,9 @@ class RunFolder:
         """The part file of a process; only one run may have it."""
         with _explained(f"the output {str(self.output)!r} cannot be written"):
             self.folder.mkdir(exist_ok=True)
-            return Part(self.folder / f"part-{process:05d}")
+            part = Part(self.folder / f"part-{process:05d}")
+            _sync(self.folder)
+            return part
 
     def standing(self, claim: dict[str, Any], existing: Existing) -> Literal["new", "kept", "reused", "complete"]:
         """What there is of this output already, and what is to become of it.
@@ -965,8 +990,9 @@ class RunFolder:
         if not exists and not any(part.stat().st_size for part in self.parts()):
             return "new"
         self._check_same("settings", old, claim, "made with other settings")
+        whole_output = bool(old.get("complete")) and exists and self.output.stat().st_size == old["output_bytes"]
         if existing == "reuse":
-            return "reused"
+            return "reused" if whole_output else "kept"
         self._check_same(
             "input", old, claim, "made of another input", 'existing="reuse" (--existing reuse) keeps what still fits; '
         )
@@ -974,7 +1000,7 @@ class RunFolder:
             return "kept"
         if not exists:
             return "new"
-        if self.output.stat().st_size != old["output_bytes"]:
+        if not whole_output:
             raise Refused(
                 f"the output {str(self.output)!r} was changed after it was complete: name another, or replace it with "
                 'existing="restart" (--existing restart)'
@@ -990,8 +1016,8 @@ class RunFolder:
             old = None
         if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
             raise Refused(
-                f"{str(self.claim_file)!r} tells what the output was made of, and it is corrupted: name another output, "
-                'or start anew with existing="restart" (--existing restart)'
+                f"{str(self.claim_file)!r} should tell what the output was made of, but is corrupted: name another "
+                'output, or start anew with existing="restart" (--existing restart)'
             )
         return old
 
@@ -1022,7 +1048,7 @@ class RunFolder:
             if standing == "new":
                 for path in self.parts():
                     os.truncate(path, 0)
-            if standing == "reused" and self.output.exists() and self.keys_file.exists():
+            if standing == "reused" and self.keys_file.exists():
                 self._reuse_output()
             for path in self.parts():
                 repair(path)
@@ -1085,8 +1111,12 @@ class RunFolder:
             _write(self.keys_file, survey.keys.astype("<u8").tobytes())
             found = {"complete": True, "output_bytes": size, "errors": errors, "tokens": tokens}
             _write(self.claim_file, _pretty({**claim, **found}))
-            for path in paths:
-                path.unlink(missing_ok=True)
+            self.let_parts_go()
+
+    def let_parts_go(self) -> None:
+        """Remove the part files of a complete output."""
+        for path in self.parts():
+            path.unlink(missing_ok=True)
 
     def _merge(self, paths: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]) -> int:
         """Bytes written. Reads here and there, though within a window: parts are in the order of work."""
@@ -1154,17 +1184,26 @@ def corrupted(path: Path, offset: int) -> ValueError:
 def _replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """A file that takes its name at once, when it is whole and on the disk."""
     temporary = temporary or path.with_name(f"{path.name}.new")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it is in the way
+        raise
     os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Names in a folder are kept like its files; Windows does so by itself."""
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -1217,9 +1256,7 @@ class Progress:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command that are not those of the model and the draw."""
     parser.add_argument("input", metavar="IN.jsonl", help='records, one JSON object a line; "-" for standard input')
-    parser.add_argument(
-        "output", metavar="OUT.jsonl", help='answers, in the order of the input; "-" for standard output'
-    )
+    parser.add_argument("output", metavar="OUT.jsonl", help='answers, in the input\'s order; "-" for standard output')
     group = parser.add_argument_group("answers")
     group.add_argument("--score", action="store_true", help="generate nothing, return the prompts' log-probabilities")
     group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
@@ -1253,7 +1290,7 @@ def main(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Lla
     """The command: 0 where all records were answered, 1 where some became error records, 2 where it was refused.
 
     Args:
-        arguments: those of `add_arguments`, of the draw (`temperature`, `top_p`, `max_gen_len`, `seed`) and of the model.
+        arguments: those of `add_arguments`, of the draw (`temperature`, `top_p`, `max_gen_len`, `seed`), of the model.
         load: makes the `Llama` of them; `device_map` is set to this process's GPU where there are several processes.
     """
     state = processes()

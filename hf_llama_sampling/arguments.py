@@ -123,6 +123,10 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
 
     Of a config given in the call, what equals the default of a fresh one counts as not said.
     """
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"generation_config must be a GenerationConfig, got {type(config).__name__}: make one, or pass its options"
+        )
     defaults = GenerationConfig().to_dict()
     said = {
         name: value
@@ -156,7 +160,8 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
             )
     if call.options.get("cache_implementation") == "paged":
         raise ValueError(
-            'cache_implementation="paged" ignores logits processors and masks: pass the warpers to generate_batch'
+            'cache_implementation="paged" ignores logits processors and masks: drop it, or give the warpers to the '
+            "continuous batching manager's logit_processor"
         )
     return call
 
@@ -173,7 +178,10 @@ def choose_temperature(given: PerRow | None, options: dict[str, Any]) -> float |
         "temperature", first_of(given, options["config"].get("temperature"), TEMPERATURE), check_temperature
     )
     if do_sample is True and set(value if isinstance(value, list) else [value]) == {0}:
-        raise ValueError("do_sample=True asks to sample, but temperature 0 is greedy: drop one of the two")
+        raise ValueError(
+            "do_sample=True asks to sample, but temperature 0 is greedy: say do_sample=False, which means temperature "
+            "0 (a pipeline adds do_sample=True by itself)"
+        )
     return value
 
 
@@ -206,8 +214,7 @@ def gen_lens(given: Any, max_seq_len: int | None, by_length: bool, prompts: Sequ
                 "max_gen_len must be given: it is the most new tokens per row (max_new_tokens means the same)"
             )
         return [max_seq_len - len(prompt) for prompt in prompts]
-    if isinstance(given, Tensor):
-        given = given.tolist()
+    given = plain(given)
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         check_count("max_gen_len", len(given), len(prompts))
         return [whole("max_gen_len", value, least=0, where=f" for row {row}") for row, value in enumerate(given)]
@@ -298,10 +305,10 @@ def choose_schedule(
     """Padded where the batch is ragged and fits the model's context that way, dense otherwise.
 
     Beyond the context a padded batch would put rows that are done, and wait for others, at positions the model has not.
-    `editing` are the options in force that edit logits: those on n-grams would count padding as text, and those that
-    count from the prompts' end need all prompts to end in one column.
+    `editing` are the options in force that edit logits, and max_time: those on n-grams would count padding as text, and
+    those that count from the prompts' end need all prompts to end in one column.
     """
-    counting = [name for name in editing if name in COUNTING]
+    counting = [name for name in editing if name in COUNTING | {"max_time"}]
     on_ngrams = {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size"} & set(editing)
     width = max(lengths) + max(limits)
     fits = context is None or width <= context

@@ -723,9 +723,7 @@ class Halving:
                 if len(batch) > 1:
                     self.most = min(self.most, cost(batch) // 2)
                     logger.warning("out of memory with a batch of %d records: halved", len(batch))
-                return (
-                    "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
-                )
+                return "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
             if not isinstance(error, ValueError):
                 raise
             return str(error)

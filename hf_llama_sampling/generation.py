@@ -183,7 +183,8 @@ class LlamaGenerationMixin(GenerationMixin):
         lengths = [len(prompt) for prompt in prompts]
         eos_ids = arguments.eos_ids_of(self, options)
         editing = sorted(name for name in arguments.EDITING if options.get(name) is not None)
-        chosen = arguments.choose_schedule(schedule, lengths, limits, context_of(self), editing)
+        timed = ["max_time"] if options.get("max_time") is not None else []
+        chosen = arguments.choose_schedule(schedule, lengths, limits, context_of(self), [*editing, *timed])
         pad_id = arguments.first_of(options.get("pad_token_id"), self.generation_config.pad_token_id, *eos_ids, 0)
 
         run = Run(
@@ -266,10 +267,12 @@ class LlamaGenerationMixin(GenerationMixin):
         prompt_rows: list[Scored] | None = None
         if echo and run.wants_scores:
             if unshifted:
-                head, _ = score_columns(self, ids, ids, top=run.top, chunk_bytes=chunk_bytes)
+                head, _ = score_columns(self, ids, ids, top=run.top, chunk_bytes=chunk_bytes, model_kwargs=others)
             elif not can_hand_on or (run.edited and run.start < run.longest):
                 # Forced columns would show edited logits.
-                prompt_rows = score_prompts(self, run.prompts, top=run.top, chunk_bytes=chunk_bytes)
+                prompt_rows = score_prompts(
+                    self, run.prompts, top=run.top, chunk_bytes=chunk_bytes, model_kwargs=others
+                )
             elif run.start > 1:
                 head, prefilled = score_columns(
                     self,
@@ -278,8 +281,9 @@ class LlamaGenerationMixin(GenerationMixin):
                     attention_mask=mask[:, : run.start - 1] if run.padded else None,
                     top=run.top,
                     chunk_bytes=chunk_bytes,
+                    model_kwargs=others,
                 )
-                cache = {"past_key_values": prefilled}
+                cache = {} if prefilled is None else {"past_key_values": prefilled}
         if run.steps:
             view = copy.copy(
                 self

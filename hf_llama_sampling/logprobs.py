@@ -62,12 +62,15 @@ def score_columns(
         real: (B, T), where the scores mean something; the mask if there is one, else everywhere.
         top: how many best tokens to report at each place.
         chunk_bytes: the memory budget of a chunk.
+        model_kwargs: what else the model's `forward` is given.
 
     Returns:
-        The scores, and the model's cache of all T columns. Under padding the scores mean nothing.
+        The scores, and the model's cache of all T columns (None if it has no such cache). Under padding the scores mean
+        nothing.
 
     Raises:
-        ValueError: a logit is nan or inf in a column that means something; row and position are named.
+        ValueError: the text does not fit one chunk and the model has no key-value cache, or a logit is nan or inf in a
+            column that means something; row and position are named.
     """
     width = input_ids.shape[1]
     step = columns_per_chunk(len(input_ids), model.config.get_text_config().vocab_size, chunk_bytes)
@@ -79,13 +82,20 @@ def score_columns(
         if attention_mask is not None and positions is not None:
             inputs |= {"attention_mask": attention_mask[:, :end], "position_ids": positions[:, start:end]}
         output = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, return_dict=True, **inputs)
-        cache = output.past_key_values
-        parts.append(score(output.logits, targets[:, start:end].to(output.logits.device), top))
-        sums.append(output.logits.sum(-1, dtype=torch.float32))
-        del output
+        cache = getattr(output, "past_key_values", None)
+        if cache is None and end < width:
+            raise ValueError(
+                f"scoring a text chunk by chunk needs a key-value cache, and {type(model).__name__} has none: raise "
+                f"chunk_bytes, here above {chunk_bytes * -(-width // step)}, so that one chunk holds it all"
+            )
+        logits = output.logits  # on the last device of a model that is spread over several
+        scores = score(logits, targets[:, start:end].to(logits.device), top)
+        parts.append(TokenScores(*(column.to(input_ids.device) for column in scores)))
+        sums.append(logits.sum(-1, dtype=torch.float32).to(input_ids.device))
+        del output, logits
     real = attention_mask if real is None else real
     # The sum of a row's logits is finite only if every one of them is.
-    bad = ~torch.isfinite(torch.cat(sums, dim=1)) & (True if real is None else real.to(sums[0].device) != 0)
+    bad = ~torch.isfinite(torch.cat(sums, dim=1)) & (True if real is None else real != 0)
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         raise nonfinite(row, 1 + (column if positions is None else int(positions[row, column])))

@@ -60,6 +60,8 @@ class Run:
         self.steps = max(self.limits) if self.padded else self.total_len - self.shortest
         self.offsets = [self.longest - n if self.padded else 0 for n in self.lengths]
         self.stream = self._stream()
+        # On Meta's stream the dense schedule draws on beyond a row's limit until its EOS, as the reference does.
+        self.limits_end_rows = self.padded or self.seeds is not None or self.temperature == 0
         # Column at which a row's completion begins, and at which its limit ends it.
         begins = [offset + n for offset, n in zip(self.offsets, self.lengths, strict=True)]
         ends = [begin + limit for begin, limit in zip(begins, self.limits, strict=True)]
@@ -134,6 +136,8 @@ class Step(LogitsProcessor):
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.temperature = for_rows("temperature", run.temperature, len(run.prompts), run.device)
+        self.top_p = for_rows("top_p", run.top_p, len(run.prompts), run.device)
         self.forced = None if run.padded or run.longest == run.shortest else run.forced()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -145,8 +149,7 @@ class Step(LogitsProcessor):
         bad = ~torch.isfinite(probe) & ~run.done
         run.first_bad = torch.where(bad, run.first_bad.clamp(max=column), run.first_bad)
 
-        temperature = for_rows("temperature", run.temperature, logits)
-        draw = sample(logits, temperature, for_rows("top_p", run.top_p, logits), run.stream, column)
+        draw = sample(logits, self.temperature, self.top_p, run.stream, column)
         tokens, probs = draw.tokens, draw.probs
         if self.forced is not None and column < run.longest:
             given = self.forced[:, column]
@@ -162,10 +165,7 @@ class Step(LogitsProcessor):
 
 
 class Stop(StoppingCriteria):
-    """A row is done when it *generates* EOS, meets a criterion of the caller's, or (padded) comes to its limit.
-
-    In the dense schedule a row beyond its limit goes on until its EOS, as in the reference, whose draws depend on it.
-    """
+    """A row is done when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
 
     def __init__(self, run: Run, others: StoppingCriteriaList) -> None:
         self.run = run
@@ -179,7 +179,7 @@ class Stop(StoppingCriteria):
         met = running & self.others(input_ids, scores, **kwargs).to(run.device) if self.others else eos
         run.stopped = torch.where(eos | met, width, run.stopped)
         run.by_criterion |= met & ~eos
-        run.done = run.done | eos | met | (run.end <= width if run.padded else False)
+        run.done = run.done | eos | met | (run.end <= width if run.limits_end_rows else False)
         return run.done
 
 
@@ -273,7 +273,9 @@ def unscored(rows: int, columns: int, top: int, device: torch.device) -> TokenSc
     return TokenScores(torch.zeros(rows, columns, device=device), best.long(), best)
 
 
-def score_prompts(model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int) -> list[Scored]:
+def score_prompts(
+    model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int, model_kwargs: dict[str, Any] | None = None
+) -> list[Scored]:
     """Scores of whole prompts, right-padded: what follows a token cannot change its score, so no mask is needed."""
     longest = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device_of(model))
@@ -282,7 +284,15 @@ def score_prompts(model: Any, prompts: list[list[int]], *, top: int, chunk_bytes
     )
     parts = [unscored(len(prompts), 1, top, device_of(model))]
     if longest > 1:
-        scores, _ = score_columns(model, ids[:, :-1], ids[:, 1:], real=mask[:, 1:], top=top, chunk_bytes=chunk_bytes)
+        scores, _ = score_columns(
+            model,
+            ids[:, :-1],
+            ids[:, 1:],
+            real=mask[:, 1:],
+            top=top,
+            chunk_bytes=chunk_bytes,
+            model_kwargs=model_kwargs,
+        )
         parts.append(scores)
     columns = concatenate(parts)
     return [scored_row(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]

@@ -39,6 +39,8 @@ class LlamaTemperatureLogitsWarper(LogitsProcessor):
     >>> model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, logits_processor=warpers)
     """
 
+    supports_continuous_batching = True
+
     def __init__(self, temperature: float) -> None:
         self.temperature = check_temperature(temperature)
 
@@ -68,6 +70,8 @@ class LlamaTopPLogitsWarper(LogitsProcessor):
     >>> warper(None, torch.tensor([[0.5, 0.25, 0.25]]).log()).exp()  # transformers' own would keep one
     tensor([[0.5000, 0.2500, 0.0000]])
     """
+
+    supports_continuous_batching = True
 
     def __init__(self, top_p: float) -> None:
         self.top_p = check_top_p(top_p)
@@ -137,8 +141,8 @@ class LlamaSampler(LogitsProcessor):
             self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
         draw = sample(
             scores.float(),
-            for_rows("temperature", self.temperature, scores),
-            for_rows("top_p", self.top_p, scores),
+            for_rows("temperature", self.temperature, len(scores), scores.device),
+            for_rows("top_p", self.top_p, len(scores), scores.device),
             self.stream,
             input_ids.shape[1],
         )
@@ -226,18 +230,18 @@ def per_row(name: str, values: Any, check: Any) -> float | list[float]:
     return numbers
 
 
-def for_rows(name: str, value: float | list[float], scores: Tensor) -> float | Tensor:
-    """Per-row settings as a tensor (B, 1) beside `scores` (B, V); a shared one stays a Python number.
+def for_rows(name: str, value: float | list[float], rows: int, device: torch.device) -> float | Tensor:
+    """Per-row settings as a tensor (B, 1); a shared one stays a Python number.
 
     The difference matters: on CUDA a division by a number and one by a tensor round differently, and the reference
     divides by a number.
     """
     if not isinstance(value, list):
         return value
-    check_count(name, len(value), len(scores))
+    check_count(name, len(value), rows)
     if len(set(value)) == 1:
         return value[0]
-    return torch.tensor(value, dtype=torch.float32, device=scores.device)[:, None]
+    return torch.tensor(value, dtype=torch.float32, device=device)[:, None]
 
 
 def check_count(name: str, found: int, rows: int) -> None:

@@ -60,7 +60,7 @@ def test_reference_imports_nothing_of_the_rest():
 def test_bundled_model_is_small_and_plain():
     """At most 4 MB in all, 16-bit, grouped-query attention; loads with transformers' own classes."""
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 4_000_000
-    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="auto")
     assert model.dtype == torch.float16
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     tokenizer = AutoTokenizer.from_pretrained(TINY)

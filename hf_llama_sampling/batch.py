@@ -265,9 +265,6 @@ def processes() -> PartialState:
             f"the launcher started {launched} processes, but accelerate was set up for {state.num_processes} before: "
             "call batch.processes() before anything else uses accelerate"
         )
-    if launched == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        # Set by `accelerate launch` for several processes, which it starts on CPU and on one GPU only if forced to.
-        logger.warning("accelerate launch started a single process: with --multi_gpu it starts all, on CPU too")
     return state
 
 
@@ -1292,6 +1289,9 @@ def main(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Lla
         load: makes the `Llama` of them; `device_map` is set to this process's GPU where there are several processes.
     """
     state = processes()
+    if state.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        # Set by `accelerate launch` for several processes, which it starts on CPU, and on one GPU, only if forced to.
+        logger.warning("accelerate launch started a single process: with --multi_gpu it starts all, on CPU too")
     try:
         summary = _run(arguments, load, state)
     except Refused as error:

@@ -12,7 +12,9 @@ not do: it knows nothing of probabilities.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ _ROUNDS = 10
 LOOK_AHEAD_BYTES = 32 << 20
 LEAST_RANKS = 32
 _BLOCK = 64  # positions whose keys are derived at once
+_SPAN = 1 << 16  # token ids whose words are computed at once on CPU
+
+Words = TypeVar("Words", Tensor, "np.ndarray[Any, Any]")
 
 
 def exponential(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -171,22 +176,42 @@ class PromptStreams:
 
 def token_noise(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
     """(R, K) float32 Exp(1) values for token ids (R, K) under a row's key and salt (R, 1)."""
-    uniform = philox2x32(tokens, salt, key).float() * 2.0**-32
+    words = _words_in_numpy(tokens, key, salt) if tokens.device.type == "cpu" else philox2x32(tokens, salt, key)
+    uniform = words.float() * 2.0**-32
     # log1p keeps the small values, which decide the race, at full resolution; the half step keeps 0 out.
     return -torch.log1p(-(uniform + 2.0**-33))
 
 
-def philox2x32(counter0: Tensor, counter1: Tensor, key: Tensor) -> Tensor:
-    """The first word of Philox2x32-10. Words are int64 tensors in [0, 2**32) that broadcast together.
+def _words_in_numpy(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
+    """`philox2x32` on CPU: NumPy starts an operation in a third of torch's time, and a nucleus is a few tokens.
 
-    int64 products wrap modulo 2**64, so their high word is right once its sign extension is masked off.
+    Large ones go in spans that stay in the cache; beyond it each operation would wait for fresh pages.
+    """
+    ids, keys, salts = tokens.numpy(), key.numpy(), salt.numpy()
+    if ids.size <= _SPAN:
+        return torch.from_numpy(philox2x32(ids, salts, keys))
+    words = np.empty(ids.shape, dtype=np.int64)
+    for row in range(len(ids)):
+        for first in range(0, ids.shape[1], _SPAN):
+            span = slice(first, first + _SPAN)
+            words[row, span] = philox2x32(ids[row, span], salts[row], keys[row])
+    return torch.from_numpy(words)
+
+
+def philox2x32(counter0: Words, counter1: Words, key: Words) -> Words:
+    """The first word of Philox2x32-10. Words are int64 in [0, 2**32); `counter0` has the result's shape.
+
+    int64 products wrap modulo 2**64: their low word is right, and so is their high word below its sign extension. What
+    stands above the 32 bits of a word is masked off once a round, before the next product.
     """
     left, right = counter0, counter1
-    for _ in range(_ROUNDS):
+    for round_ in range(_ROUNDS):
         product = left * _MULTIPLIER_2
-        left = ((product >> 32) ^ key ^ right) & _WORD
-        right = product & _WORD
-        key = (key + _WEYL[0]) & _WORD
+        left = product >> 32
+        left ^= right
+        left ^= key + round_ * _WEYL[0]
+        left &= _WORD
+        right = product
     return left
 
 

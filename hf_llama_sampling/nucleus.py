@@ -13,13 +13,14 @@ CPU the largest `WINDOW` probabilities are looked at first, and the sort is left
 * no tie decides anything: ``torch.sort`` is not stable, so among equal probabilities only the very same call gives the
   very same order.
 
-Where the proof fails for a row, that row is sorted. On other devices every row is: looking at the proof would make the
-host wait for the device.
+Where the proof fails for a row, its values are sorted, and its tokens with them only where a tie makes it matter. On
+other devices every row is sorted: looking at the proof would make the host wait for the device.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,17 +88,20 @@ def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tup
 
 def nucleus_mask(probs: Tensor, top_p: float | Tensor) -> Tensor:
     """(B, V) bool: the tokens that the rule keeps. probs: (B, V) float32."""
-
-    def scatter(nucleus: Nucleus) -> Tensor:
-        return torch.zeros_like(probs[: len(nucleus.kept)], dtype=torch.bool).scatter_(1, nucleus.tokens, nucleus.kept)
-
     if not _may_look(probs):
-        return scatter(sorted_nucleus(probs, top_p))
+        return _scattered(sorted_nucleus(probs, top_p), probs)
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
-    mask = scatter(nucleus)
-    rows = _where_not(complete & ~_boundary_tie(nucleus))
+    mask = _scattered(nucleus, probs)
+    rows = _where_not(complete & ~_ragged_edge(nucleus.ordered, nucleus.kept))
     if rows is not None:
-        mask[rows] = scatter(sorted_nucleus(probs[rows], _rows_of(top_p, rows)))
+        some, p = _rows_of(probs, rows), _rows_of(top_p, rows)
+        ordered, kept = _ordered_nucleus(some, p)
+        exact = some >= _least_kept(ordered, kept)
+        again = _where_not(~_ragged_edge(ordered, kept))
+        if again is not None:
+            rest = _rows_of(some, again)
+            exact[again] = _scattered(sorted_nucleus(rest, _rows_of(p, again)), rest)
+        mask[rows] = exact
     return mask
 
 
@@ -111,11 +115,24 @@ def sample_by_rank(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
         return _race(sorted_nucleus(probs, top_p), noise, None)[0]
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
     draw, rank = _race(_shortest(nucleus), noise, None)
-    rows = _where_not(complete & ~_tied_winner(nucleus.ordered, rank))
-    if rows is not None:
-        exact, _ = _race(sorted_nucleus(probs[rows], _rows_of(top_p, rows)), noise, rows)
-        draw = Draw(draw.tokens.index_copy(0, rows, exact.tokens), draw.probs.index_copy(0, rows, exact.probs))
-    return draw
+    rows = _where_not(complete & ~_tied(nucleus.ordered, rank))
+    return draw if rows is None else _replaced(draw, rows, _sample_by_rank_of_all(probs, top_p, noise, rows))
+
+
+def _sample_by_rank_of_all(probs: Tensor, top_p: float | Tensor, noise: Noise, rows: Tensor) -> Draw:
+    """`sample_by_rank` of some rows without a window: sorted values say which rank wins, and a value which token."""
+    some, p = _rows_of(probs, rows), _rows_of(top_p, rows)
+    ordered, kept = _ordered_nucleus(some, p)
+    renormalized = _renormalized(ordered, kept)
+    scores = (renormalized / noise(ordered, None if _all(rows, len(probs)) else rows)).masked_fill_(~kept, -1.0)
+    rank = scores.argmax(-1, keepdim=True)
+    token = (some == ordered.gather(1, rank)).int().argmax(-1)
+    draw = Draw(token, renormalized.gather(1, rank).squeeze(1))
+    again = _where_not(~_tied(ordered, rank))
+    if again is None:
+        return draw
+    exact, _ = _race(sorted_nucleus(_rows_of(some, again), _rows_of(p, again)), noise, rows[again])
+    return _replaced(draw, again, exact)
 
 
 def sample_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
@@ -124,28 +141,76 @@ def sample_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
     Where equal probabilities straddle the nucleus' edge, the lower ids are kept, on every device.
     """
     if not _may_look(probs):
-        return _race(sorted_nucleus(probs, top_p, stable=True), noise, None)[0]
+        return _race_by_token(sorted_nucleus(probs, top_p, stable=True), noise, None)
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
-    draw, _ = _race(_shortest(nucleus), noise, None)
-    rows = _where_not(complete & ~_boundary_tie(nucleus))
-    if rows is not None:
-        some, p = probs[rows], _rows_of(top_p, rows)
-        nucleus = sorted_nucleus(some, p)
-        if _where_not(~_boundary_tie(nucleus)) is not None:
-            nucleus = sorted_nucleus(some, p, stable=True)
-        exact, _ = _race(_shortest(nucleus), noise, rows)
-        draw = Draw(draw.tokens.index_copy(0, rows, exact.tokens), draw.probs.index_copy(0, rows, exact.probs))
-    return draw
+    draw = _race_by_token(_shortest(nucleus), noise, None)
+    rows = _where_not(complete & ~_ragged_edge(nucleus.ordered, nucleus.kept))
+    return draw if rows is None else _replaced(draw, rows, _sample_by_token_of_all(probs, top_p, noise, rows))
+
+
+def _sample_by_token_of_all(probs: Tensor, top_p: float | Tensor, noise: Noise, rows: Tensor) -> Draw:
+    """`sample_by_token` of some rows without a window: sorted values say how small a kept probability may be."""
+    some, p = _rows_of(probs, rows), _rows_of(top_p, rows)
+    ordered, kept = _ordered_nucleus(some, p)
+    wide = int(kept.sum(-1).numpy().max())
+    if wide <= some.shape[-1] // 8:  # the noise is dear: gather the nucleus first where it is small
+        candidates, tokens = torch.topk(some, max(wide, 1))
+    else:
+        candidates, tokens = some, torch.arange(some.shape[-1]).expand_as(some)
+    scores = (candidates / noise(tokens, rows)).masked_fill_(candidates < _least_kept(ordered, kept), -1.0)
+    winner = scores.argmax(-1, keepdim=True)
+    mass = ordered.masked_fill(~kept, 0.0).sum(-1, keepdim=True)
+    draw = Draw(tokens.gather(1, winner).squeeze(1), (candidates.gather(1, winner) / mass).squeeze(1))
+    again = _where_not(~_ragged_edge(ordered, kept))
+    if again is None:
+        return draw
+    nucleus = sorted_nucleus(_rows_of(some, again), _rows_of(p, again), stable=True)
+    return _replaced(draw, again, _race_by_token(_shortest(nucleus), noise, rows[again]))
 
 
 def _race(nucleus: Nucleus, noise: Noise, rows: Tensor | None) -> tuple[Draw, Tensor]:
     """The winner of ``p / Exp(1)`` in each row, and its rank (B, 1). A dropped token cannot win: its score is -1."""
     scores = nucleus.probs / noise(nucleus.tokens, rows)
-    rank = scores.masked_fill(~nucleus.kept, -1.0).argmax(-1, keepdim=True)
+    rank = scores.masked_fill_(~nucleus.kept, -1.0).argmax(-1, keepdim=True)
     return Draw(nucleus.tokens.gather(1, rank).squeeze(1), nucleus.probs.gather(1, rank).squeeze(1)), rank
 
 
-def _tied_winner(ordered: Tensor, rank: Tensor) -> Tensor:
+def _race_by_token(nucleus: Nucleus, noise: Noise, rows: Tensor | None) -> Draw:
+    """The same over the raw probabilities, which do not depend on how far anyone looked."""
+    scores = (nucleus.ordered / noise(nucleus.tokens, rows)).masked_fill_(~nucleus.kept, -1.0)
+    rank = scores.argmax(-1, keepdim=True)
+    return Draw(nucleus.tokens.gather(1, rank).squeeze(1), nucleus.probs.gather(1, rank).squeeze(1))
+
+
+def _ordered_nucleus(probs: Tensor, top_p: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order and which of them are kept, both (R, V), without their tokens. CPU only.
+
+    Sorting values alone is several times faster than sorting them with their ids, and gives the same values.
+    """
+    ordered = torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
+    return ordered, ordered.cumsum(-1) - ordered <= top_p
+
+
+def _renormalized(ordered: Tensor, kept: Tensor) -> Tensor:
+    probs = ordered.masked_fill(~kept, 0.0)
+    return probs.div_(probs.sum(-1, keepdim=True))
+
+
+def _least_kept(ordered: Tensor, kept: Tensor) -> Tensor:
+    """(R, 1): the smallest kept probability."""
+    return ordered.gather(1, (kept.sum(-1, keepdim=True) - 1).clamp(min=0))
+
+
+def _scattered(nucleus: Nucleus, probs: Tensor) -> Tensor:
+    """(B, V) bool: `kept`, at its tokens' places."""
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, nucleus.tokens, nucleus.kept)
+
+
+def _replaced(draw: Draw, rows: Tensor, exact: Draw) -> Draw:
+    return Draw(draw.tokens.index_copy(0, rows, exact.tokens), draw.probs.index_copy(0, rows, exact.probs))
+
+
+def _tied(ordered: Tensor, rank: Tensor) -> Tensor:
     """(B,): another rank holds the winner's probability, so that the token hangs on the sort. ordered: (B, K)."""
     last = ordered.shape[-1] - 1
     value = ordered.gather(1, rank)
@@ -154,10 +219,13 @@ def _tied_winner(ordered: Tensor, rank: Tensor) -> Tensor:
     return (above | below).squeeze(1)
 
 
-def _boundary_tie(nucleus: Nucleus) -> Tensor:
-    """(B,): a kept and a dropped token have the same probability, so that which is kept hangs on the sort."""
-    edge = nucleus.kept[:, 1:] != nucleus.kept[:, :-1]
-    return (edge & (nucleus.ordered[:, 1:] == nucleus.ordered[:, :-1])).any(-1)
+def _ragged_edge(ordered: Tensor, kept: Tensor) -> Tensor:
+    """(B,): which tokens are kept is more than a question of their probability.
+
+    A kept and a dropped token have the same, so that it hangs on the sort, or rounding drops one before a kept one.
+    """
+    edge = kept[:, 1:] != kept[:, :-1]
+    return (edge & ((ordered[:, 1:] == ordered[:, :-1]) | kept[:, 1:])).any(-1)
 
 
 def _shortest(nucleus: Nucleus) -> Nucleus:
@@ -181,5 +249,14 @@ def _where_not(sure: Tensor) -> Tensor | None:
     return torch.from_numpy(rows) if len(rows) else None
 
 
-def _rows_of(top_p: float | Tensor, rows: Tensor) -> float | Tensor:
-    return top_p[rows] if isinstance(top_p, Tensor) else top_p
+@overload
+def _rows_of(values: Tensor, rows: Tensor) -> Tensor: ...
+@overload
+def _rows_of(values: float | Tensor, rows: Tensor) -> float | Tensor: ...
+def _rows_of(values: float | Tensor, rows: Tensor) -> float | Tensor:
+    """These rows of (B, ...); a number is every row's. All rows in order are not copied."""
+    return values if not isinstance(values, Tensor) or _all(rows, len(values)) else values[rows]
+
+
+def _all(rows: Tensor, count: int) -> bool:
+    return np.array_equal(rows.numpy(), np.arange(count))

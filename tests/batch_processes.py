@@ -3,11 +3,12 @@
 Importing torch and transformers takes seconds, and `tests/test_batch.py` starts some hundred processes. One JSON object
 a line on standard input starts a run, one on standard output tells how its processes ended:
 
-    {"count": 2, "kill": {"after": 0.3, "ranks": [0, 1]}, "input": ..., "output": ..., "options": {...}, "limit": 1000}
+    {"count": 2, "kill": {"after": 0.3, "ranks": [0, 1]}, "input": ..., "output": ..., "options": {...}, "limit": 1000, "patience": 60}
     {"codes": [-9, -9], "stderr": "...", "seconds": 1.2}
 
 A code is an exit status, or a signal's number below 0; 100 means an exception, which stderr shows. The clock of a kill
-starts when all processes of the run have joined. `limit` is on file sizes, in bytes.
+starts when all processes of the run have joined. `limit` is on file sizes, in bytes; after `patience` seconds
+all are killed.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ def run(task, llama):
                     if codes[rank] is None:
                         os.kill(pids[rank], signal.SIGKILL)
                 kill = None
-            if now > PATIENCE:
+            if now > task.get("patience", PATIENCE):
                 for pid, code in zip(pids, codes, strict=True):
                     if code is None:
                         os.kill(pid, signal.SIGKILL)

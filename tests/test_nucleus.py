@@ -56,10 +56,11 @@ def exp_noise(rows, vocab, generator):
     return by_rank, by_token
 
 
-def full_draw(probs, p, noise, *, stable):
-    """The race over the whole sorted vocabulary: no window, no proof."""
-    full = sorted_nucleus(probs, p, stable=stable)
-    rank = (full.probs / noise(full.tokens, None)).masked_fill(~full.kept, -1.0).argmax(-1, keepdim=True)
+def full_draw(probs, p, noise, *, by_token):
+    """The race over the whole sorted vocabulary: no window, no proof. By token, over the raw probabilities."""
+    full = sorted_nucleus(probs, p, stable=by_token)
+    scores = (full.ordered if by_token else full.probs) / noise(full.tokens, None)
+    rank = scores.masked_fill(~full.kept, -1.0).argmax(-1, keepdim=True)
     return full.tokens.gather(1, rank)[:, 0], full.probs.gather(1, rank)[:, 0]
 
 
@@ -116,11 +117,11 @@ def test_window_equals_the_full_path():
     for probs, p in window_rows(generator):
         by_rank, by_token = exp_noise(*probs.shape, generator)
         before = probs.clone()
-        tokens, drawn_with = full_draw(probs, p, by_rank, stable=False)
+        tokens, drawn_with = full_draw(probs, p, by_rank, by_token=False)
         draw = sample_by_rank(probs, p, by_rank)
         assert torch.equal(draw.tokens, tokens)
         assert torch.equal(draw.probs, drawn_with)
-        tokens, drawn_with = full_draw(probs, p, by_token, stable=True)
+        tokens, drawn_with = full_draw(probs, p, by_token, by_token=True)
         draw = sample_by_token(probs, p, by_token)
         assert torch.equal(draw.tokens, tokens)
         assert torch.equal(draw.probs, drawn_with)
@@ -153,7 +154,7 @@ def test_a_lone_spilled_row_is_normalized_as_in_its_batch():
             probs = torch.softmax(logits, dim=-1)
             assert windowed_nucleus(probs, 0.99, width=WINDOW)[1].tolist() == [True, False, True]
             by_rank, _ = exp_noise(3, 60_000, generator)
-            tokens, drawn_with = full_draw(probs, 0.99, by_rank, stable=False)
+            tokens, drawn_with = full_draw(probs, 0.99, by_rank, by_token=False)
             draw = sample_by_rank(probs, 0.99, by_rank)
             assert torch.equal(draw.tokens, tokens)
             assert torch.equal(draw.probs, drawn_with)
@@ -325,8 +326,8 @@ def test_nothing_breaks_the_window(pieces, p, at_the_edge, normalized, seed):
         before = ordered.cumsum(-1) - ordered
         p = min(1.0, float(before[int(torch.randint(len(before), (), generator=generator))]))
     by_rank, by_token = exp_noise(*probs.shape, generator)
-    for sample, noise, stable in ((sample_by_rank, by_rank, False), (sample_by_token, by_token, True)):
-        tokens, drawn_with = full_draw(probs, p, noise, stable=stable)
+    for sample, noise, seeded in ((sample_by_rank, by_rank, False), (sample_by_token, by_token, True)):
+        tokens, drawn_with = full_draw(probs, p, noise, by_token=seeded)
         draw = sample(probs, p, noise)
         assert torch.equal(draw.tokens, tokens)
         assert torch.equal(draw.probs, drawn_with)

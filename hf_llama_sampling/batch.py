@@ -36,7 +36,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import align_module_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -657,16 +656,22 @@ def _sampled_weights(model: torch.nn.Module) -> bytes:
     """A digest of some values of every weight; training or merging changes all of them a little."""
     digest = hashlib.blake2b()
     for name, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        with align_module_device(module):  # offloaded weights are fetched, one module at a time
-            for weight_name, weight in module.named_parameters(recurse=False):
-                values = weight.detach().reshape(-1)
-                values = values[:: max(1, len(values) // _SAMPLES)].cpu().contiguous()
-                digest.update(f"{name}.{weight_name}{tuple(weight.shape)}".encode())
-                digest.update(values.view(torch.uint8).numpy().tobytes())
+        for weight_name, weight in module.named_parameters(recurse=False):
+            values = _resident(module, weight_name, weight).detach().reshape(-1)
+            values = values[:: max(1, len(values) // _SAMPLES)].cpu().contiguous()
+            digest.update(f"{name}.{weight_name}{tuple(weight.shape)}".encode())
+            digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.digest()
+
+
+def _resident(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight's values, also where accelerate has offloaded them."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        if weight.device.type == "meta" and getattr(one, "weights_map", None) is not None:
+            values: torch.Tensor = one.weights_map[name]
+            return values
+    return weight
 
 
 def batches(questions: Iterable[Question], *, rows: int, tokens: int) -> Iterator[list[Question]]:

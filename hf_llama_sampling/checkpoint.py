@@ -133,7 +133,7 @@ def _read_params(folder: Path) -> dict[str, Any]:
     path = _params_file(folder)
     try:
         params = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"params.json is a JSON file, and {str(path)!r} is not ({error}): copy the one that came with the shards"
         ) from error
@@ -294,6 +294,11 @@ def _open_shard(file: Path) -> Shard:
                 f"a shard holds tensors of floating point numbers, and {key!r} in {file.name} is of {found}: save the "
                 "model's own state_dict"
             )
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(
+                f"a shard holds plain tensors with their numbers, and {key!r} in {file.name} is of layout "
+                f"{value.layout} on {value.device}: save the model's own state_dict"
+            )
     return {key: value for key, value in shard.items() if not str(key).endswith("rope.freqs")}  # derived, not learned
 
 
@@ -344,7 +349,7 @@ def _check_shard_count(shards: dict[str, Shard], params: dict[str, Any]) -> None
     if rows and params["dim"] % rows == 0 and params["dim"] // rows != len(shards):
         raise ValueError(
             f"layers.0.attention.wq.weight has {rows} of {params['dim']} rows in {file}, so the checkpoint has "
-            f"{params['dim'] // rows} shards, and {len(shards)} were found: "
+            f"{params['dim'] // rows} shard{'s' * (params['dim'] != rows)}, and {len(shards)} were found: "
             f"{'copy the missing ones there' if params['dim'] // rows > len(shards) else 'move the others away'}"
         )
     for key in ("n_heads", "n_kv_heads"):
@@ -359,9 +364,10 @@ def _check_norms(shards: dict[str, Shard]) -> None:
     """Norms are in every shard: the one thing that tells shards of different models apart."""
     name, first = next(iter(shards.items()))
     for key in [key for key in first if key.endswith("norm.weight")]:
-        for file, shard in shards.items():
+        for file, shard in list(shards.items())[1:]:
             same_shape = shard[key].shape == first[key].shape
-            if same_shape and not torch.allclose(shard[key].float(), first[key].float(), atol=_NORM_SPREAD):
+            both = shard[key].float(), first[key].float()
+            if same_shape and not torch.allclose(*both, atol=_NORM_SPREAD, equal_nan=True):
                 raise ValueError(
                     f"every shard holds the same norms, and {key} differs between {name} and {file}: use the shards of "
                     "one checkpoint"

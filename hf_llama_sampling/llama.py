@@ -4,9 +4,11 @@ A script written for ``from llama import Llama, Dialog`` changes that one line. 
 looks at logits; `generation` does the work, and this turns text into token ids and back.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -16,7 +18,7 @@ from .arguments import Schedule, check_lengths, context_of, eos_ids_of, one_of, 
 from .checkpoint import is_meta_folder, load_meta_checkpoint
 from .dialog import UNSAFE_ERROR, Dialog, Message, dialog_tokens, is_unsafe
 from .generation import LlamaForCausalLM, LlamaGenerateOutput, with_llama_generation
-from .tokenizer import TokenizerLike, TransformersTokenizer, load_tokenizer
+from .tokenizer import TokenizerLike, TransformersTokenizer, is_hub_id, load_tokenizer
 from .trimming import Compat
 from .warpers import TEMPERATURE, TOP_P
 
@@ -53,6 +55,7 @@ class Llama:
     """A model and a tokenizer behind the interface of facebookresearch/llama, ``llama/generation.py``.
 
     - Same arguments, same defaults, same results; where the reference asserts, a `ValueError` names the rule.
+    - `model` is the transformers model, with the reference's `model.params` beside it; logits are `model(ids).logits`.
     - Numbers come from torch's global generator, so that `torch.manual_seed(s)` gives the reference's tokens.
     - The reference's own schedule is the default; `schedule="auto"` answers ragged batches faster, with the same tokens
       up to the rounding of the logits.
@@ -81,7 +84,7 @@ class Llama:
     ) -> None:
         one_of("compat", compat, ("fixed", "meta"))
         one_of("schedule", schedule, ("auto", "dense", "padded"))
-        self.model: Any = with_llama_generation(model)
+        self.model: Any = copy.copy(with_llama_generation(model))  # a handle of its own, for `params`
         self.tokenizer: TokenizerLike = load_tokenizer(tokenizer)
         if self.tokenizer.n_words > vocab_size_of(model):
             raise ValueError(
@@ -95,6 +98,7 @@ class Llama:
         self.max_batch_size = None if max_batch_size is None else whole("max_batch_size", max_batch_size, least=1)
         self.compat: Compat = compat
         self.schedule: Schedule = schedule
+        self.model.params = self._params()
 
     @staticmethod
     def build(
@@ -249,7 +253,13 @@ class Llama:
             raise TypeError("prompts must be a list of texts, got a single one: wrap it as [prompt]")
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
-            ids, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo, streamer=streamer
+            prompt_tokens=ids,
+            max_gen_len=self._gen_len(max_gen_len),
+            temperature=temperature,
+            top_p=top_p,
+            logprobs=logprobs,
+            echo=echo,
+            **({} if streamer is None else {"streamer": streamer}),
         )
         return [
             {"generation": self.tokenizer.decode(row), **self._details(row, beside)}  # type: ignore[typeddict-item]
@@ -288,7 +298,13 @@ class Llama:
         ids = [dialog_tokens(dialogs[row], self.tokenizer, row=row) for row in asked]
         answers: dict[int, tuple[list[int], list[float] | None]] = {}
         if ids or not dialogs:
-            tokens, scores = self.generate(ids, self._gen_len(max_gen_len), temperature, top_p, logprobs)
+            tokens, scores = self.generate(
+                prompt_tokens=ids,
+                max_gen_len=self._gen_len(max_gen_len),
+                temperature=temperature,
+                top_p=top_p,
+                logprobs=logprobs,
+            )
             answers = dict(zip(asked, _beside(tokens, scores), strict=True))
         predictions: list[ChatPrediction] = []
         for row, flagged in enumerate(unsafe):
@@ -328,6 +344,20 @@ class Llama:
         if isinstance(self.tokenizer, TransformersTokenizer):
             ids |= set(eos_ids_of(self.model, {}))
         return sorted(ids)
+
+    def _params(self) -> SimpleNamespace:
+        """What scripts read from the reference's `model.params`; None where the model's config has no such thing."""
+        config = self.model.config.get_text_config()
+        return SimpleNamespace(
+            dim=getattr(config, "hidden_size", None),
+            n_layers=getattr(config, "num_hidden_layers", None),
+            n_heads=getattr(config, "num_attention_heads", None),
+            n_kv_heads=getattr(config, "num_key_value_heads", None),
+            vocab_size=vocab_size_of(self.model),
+            norm_eps=getattr(config, "rms_norm_eps", None),
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+        )
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.max_seq_len - 1 if max_gen_len is None else max_gen_len
@@ -375,7 +405,11 @@ def _beside(tokens: list[list[int]], scores: list[list[float]] | None) -> list[t
 def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, Any]) -> PreTrainedModel:
     """A checkpoint in one of transformers' own forms."""
     path = Path(name)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(
+            f"a checkpoint is a folder, a GGUF file or a Hub id, and {str(path)!r} is a file: give its folder"
+        )
+    if path.is_file():
         path, placement = path.parent, placement | {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").is_file():
         found = sorted(file.name for file in path.glob("*.gguf"))
@@ -388,7 +422,15 @@ def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, 
                 f"one GGUF file, and {str(path)!r} holds {what}"
             )
         placement = placement | {"gguf_file": found[0]}
-    elif not path.exists() and (path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1):
+    elif not path.exists() and not is_hub_id(str(name)):
         raise FileNotFoundError(f"a checkpoint is a folder, a GGUF file or a Hub id, and {str(name)!r} does not exist")
     source = str(path) if path.exists() else str(name)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement).eval()
+    except OSError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(
+            f"a checkpoint is a folder, a GGUF file or a Hub id, and {source!r} is none that can be had here "
+            f"({str(error).splitlines()[0]}): check the name"
+        ) from error

@@ -144,7 +144,7 @@ def load_tokenizer(source: "str | Path | TokenizerLike | PreTrainedTokenizerBase
         return _from_pretrained(str(path.parent), gguf_file=path.name)
     if path.name in _TRANSFORMERS_FILES and path.is_file():
         return _load_folder(path.parent)
-    if isinstance(source, str) and not path.exists() and _is_hub_id(source):
+    if isinstance(source, str) and not path.exists() and is_hub_id(source):
         return _from_pretrained(source)
     return Tokenizer(path)
 
@@ -178,7 +178,7 @@ def _is_transformers_tokenizer(source: object) -> "TypeGuard[PreTrainedTokenizer
     return transformers is not None and isinstance(source, transformers.PreTrainedTokenizerBase)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name that is no path can be a repository's: a mistyped path must not be asked of the Hub."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith((".model", ".json", ".gguf"))
 

@@ -3,12 +3,12 @@
 Importing torch and transformers takes seconds, and `tests/test_batch.py` starts some hundred processes. One JSON object
 a line on standard input starts a run, one on standard output tells how its processes ended:
 
-    {"count": 2, "kill": {"after": 0.3, "ranks": [0, 1]}, "input": ..., "output": ..., "options": {...}, "limit": 1000, "patience": 60}
+    {"count": 2, "kill": {"after": 0.3, "ranks": [0, 1]}, "input": ..., "output": ..., "options": {...}}
     {"codes": [-9, -9], "stderr": "...", "seconds": 1.2}
 
 A code is an exit status, or a signal's number below 0; 100 means an exception, which stderr shows. The clock of a kill
-starts when all processes of the run have joined. `limit` is on file sizes, in bytes; after `patience` seconds
-all are killed.
+starts when all processes of the run have joined. Two more keys are `limit`, on file sizes, in bytes, and
+`patience`: after so many seconds all are killed.
 """
 
 import contextlib

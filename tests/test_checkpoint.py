@@ -442,7 +442,7 @@ def test_a_shard_too_many(shards, tmp_path):
     extra.write_bytes((tmp_path / "consolidated.00.pth").read_bytes())
     with pytest.raises(ValueError) as caught:
         load(tmp_path)
-    one_sentence(caught, f"{shards} shards, and {shards + 1} were found", "move")
+    one_sentence(caught, f"{shards} shard{'s' * (shards > 1)}, and {shards + 1} were found", "move")
 
 
 @pytest.mark.parametrize("name", ["consolidated.0.pth", "consolidated.best.pth", "consolidated.00.copy.pth"])

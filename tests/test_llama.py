@@ -26,7 +26,7 @@ class Recorded(Llama):
         self.tokenizer, self.max_seq_len, self.compat = tokenizer, RECORDED["max_seq_len"], compat
         self.asked = None
 
-    def generate(self, prompt_tokens, max_gen_len, temperature, top_p, logprobs=False, echo=False, *, streamer=None):
+    def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False):
         self.asked = {"prompt_tokens": prompt_tokens, "max_gen_len": max_gen_len}
         answers = [RECORDED["generated"][i % 3] for i in range(len(prompt_tokens))]
         return answers, [[-0.5] * len(answer) for answer in answers] if logprobs else None
@@ -256,6 +256,37 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tiny_model):
         Llama(tiny_model, tokenizer)
     with pytest.raises(ValueError, match=r"32000.*1024"):
         Llama(transformers.AutoModelForCausalLM.from_pretrained(TINY), tokenizer)
+
+
+def test_params_are_where_scripts_look_for_them(llama, tiny_model):
+    """`generator.model.params` says what the reference's does, for each `Llama` its own."""
+    params = llama.model.params
+    assert (params.max_seq_len, params.max_batch_size, params.vocab_size) == (128, 4, 1024)
+    assert (params.dim, params.n_layers, params.n_heads, params.n_kv_heads) == (192, 4, 6, 2)
+    other = Llama(tiny_model, llama.tokenizer, max_seq_len=64)
+    assert (llama.model.params.max_seq_len, other.model.params.max_seq_len) == (128, 64)
+    assert not hasattr(tiny_model, "params")
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b/", "no/such/folder", "./nothing"])
+def test_a_mistyped_checkpoint_is_not_looked_up_on_the_hub(name):
+    """What can only be a path is said not to exist."""
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Llama.build(name, TINY, 64, 1)
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_one_sentence():
+    """A name that might be the Hub's, without a hub: one line."""
+    with pytest.raises(FileNotFoundError) as error:
+        Llama.build("no-such-model-anywhere", TINY, 64, 1)
+    assert "no-such-model-anywhere" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    """A shard is not a checkpoint; its folder is."""
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(ValueError, match="give its folder"):
+        Llama.build(tmp_path / "consolidated.00.pth", TINY, 64, 1)
 
 
 def test_any_causal_model_gets_the_mixin(tiny_model):

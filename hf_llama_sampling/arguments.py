@@ -193,7 +193,8 @@ def choose_top_p(given: PerRow | None, options: dict[str, Any]) -> float | list[
 def same_thing(name: str, given: Any, alias: str, other: Any) -> Any:
     """The value of an argument that has two spellings."""
     if given is not None and other is not None and plain(given) != plain(other):
-        raise ValueError(f"{alias} means {name}, but they differ: drop one of the two")
+        values = "" if isinstance(given, Tensor) else f" ({plain(other)} and {plain(given)})"
+        raise ValueError(f"{alias} means {name}, but they differ{values}: drop one of the two")
     return first_of(given, other)
 
 

@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def complete(arguments: argparse.Namespace) -> int:
     """Complete prompts and print them."""
     prompts = arguments.prompts
-    if not prompts:
+    if not prompts and sys.stdin is not None:
         if sys.stdin.isatty():
             print("Prompts, one per line; Ctrl-D ends them.", file=sys.stderr)
-        prompts = [line.rstrip("\n") for line in sys.stdin]
+        prompts = [line.rstrip("\r\n") for line in sys.stdin]
     if not prompts:
         raise ValueError("complete needs a prompt: give it as an argument, or one per line on standard input")
     llama = _load(arguments)
@@ -73,8 +73,12 @@ def chat(arguments: argparse.Namespace) -> int:
     llama = _load(arguments)
     start: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     dialog = list(start)
+    if sys.stdin is None:
+        raise ValueError("chat reads messages from standard input, and there is none: open it")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # a terminal by itself cuts a line at 4,095 bytes
         print("/reset forgets the conversation, /exit or Ctrl-D ends it.", file=sys.stderr)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -159,7 +163,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _quiet() -> None:
-    """transformers' bars and notices stay out of a pipe."""
+    """transformers' own bars and notices stay out of a pipe."""
     if not sys.stderr.isatty():
         import transformers
 

@@ -154,9 +154,12 @@ def _load_folder(folder: Path) -> TokenizerLike:
         return _from_pretrained(str(folder))
     if (folder / "tokenizer.model").is_file():
         return Tokenizer(folder / "tokenizer.model")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) == 1:
+        return _from_pretrained(str(folder), gguf_file=packed[0].name)
     raise FileNotFoundError(
-        f"a tokenizer's folder holds tokenizer.json, tokenizer_config.json or tokenizer.model, and {str(folder)!r} "
-        "holds none of them: give the folder or the file that does"
+        f"a tokenizer's folder holds tokenizer.json, tokenizer_config.json, tokenizer.model or one GGUF file, and "
+        f"{str(folder)!r} holds none of them: give the folder or the file that does"
     )
 
 

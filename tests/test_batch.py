@@ -20,6 +20,8 @@ from hf_llama_sampling import Llama, LlamaForCausalLM, batch
 from hf_llama_sampling.batch import Answer, Question, Refused
 from hf_llama_sampling.dialog import dialog_tokens
 
+# What launched processes get: one thread each, and the packages that this process has.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
 SETTINGS = {"max_gen_len": 12, "seed": 3}
 WORDS = ["the", "king", "and", "queen", "of", "love", "to", "thee", "my", "lord", "what", "shall", "I", "say"]
 
@@ -34,7 +36,7 @@ def llama():
 @pytest.fixture(scope="module")
 def launch():
     """`launch(count=2, input=..., output=..., options=...)`: a run on so many processes of one thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "0"}
+    environment = {**os.environ, **ONE_THREAD, "TOKENIZERS_PARALLELISM": "0"}
     command = [sys.executable, str(HERE / "batch_processes.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -883,9 +885,8 @@ def test_launched_by_accelerate(llama, tmp_path):
     batch.run(llama, source, tmp_path / "whole", temperature=0.8, max_gen_len=6)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--main_process_port", "0", "-m", "hf_llama_sampling", "batch", source, tmp_path / "out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     options = ["--temperature", "0.8", "--max-gen-len", "6"]
-    ended = subprocess.run([*launcher, *options], capture_output=True, text=True, env=environment)
+    ended = subprocess.run([*launcher, *options], capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
     assert ended.returncode == 0, ended.stderr
     assert filecmp.cmp(tmp_path / "out", tmp_path / "whole", shallow=False)
     assert ended.stdout == "" and ended.stderr.count("5 records, 0 errors") == 1

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.utils import ModelOutput
 
-from hf_llama_sampling import LlamaForCausalLM, LlamaGenerateOutput, LlamaGenerationMixin, LlamaSampler, nucleus
+from hf_llama_sampling import LlamaForCausalLM, LlamaGenerateOutput, LlamaGenerationMixin, LlamaSampler, noise, nucleus
 from hf_llama_sampling import with_llama_generation as with_ours
 from hf_llama_sampling.arguments import HANDED_ON, READ_HERE
 from hf_llama_sampling.reference import reference_generate
@@ -109,7 +109,7 @@ def test_input_ids_and_batch_encodings(tiny_model, tiny_tokenizer):
     out = tiny_model.generate(**encoded, max_gen_len=5, seeds=2)
     assert torch.equal(out, tiny_model.generate(encoded.input_ids, max_gen_len=5, seeds=2))
     with pytest.raises(ValueError, match="input_ids means inputs"):
-        tiny_model.generate(encoded.input_ids, input_ids=encoded.input_ids, max_gen_len=5)
+        tiny_model.generate(encoded.input_ids, input_ids=encoded.input_ids + 1, max_gen_len=5)
 
 
 def test_pad_and_eos_ids_inside_prompts_are_tokens(tiny_model):
@@ -228,12 +228,8 @@ def test_aliases(tiny_model):
     greedy = tiny_model.generate(RAGGED, max_gen_len=5, temperature=0).tokens
     assert tiny_model.generate(RAGGED, max_gen_len=5, do_sample=False).tokens == greedy
     assert tiny_model.generate(RAGGED, max_gen_len=5, do_sample=False, temperature=[0, 0.0, 0]).tokens == greedy
-    assert (
-        tiny_model.generate(
-            RAGGED, max_gen_len=torch.tensor([5, 5, 5]), max_new_tokens=[5, 5, 5], do_sample=False
-        ).tokens
-        == greedy
-    )
+    assert tiny_model.generate(RAGGED, max_gen_len=torch.tensor([5, 5, 5]), do_sample=False).tokens == greedy
+    assert tiny_model.generate(RAGGED, max_gen_len=[5] * 3, max_new_tokens=[5] * 3, do_sample=False).tokens == greedy
 
 
 def public_options():
@@ -310,7 +306,9 @@ def test_return_types(tiny_model):
     assert out.logprobs is None
     assert out.top_logprobs is None
     assert out.sampled_logprobs is None
-    with_all = tiny_model.generate(ids, max_gen_len=3, output_logits=True, output_hidden_states=True, logprobs=True)
+    # On a copy: transformers leaves hooks on a model that was asked for its hidden states, and those cannot be pickled.
+    model = copy.deepcopy(tiny_model)
+    with_all = model.generate(ids, max_gen_len=3, output_logits=True, output_hidden_states=True, logprobs=True)
     assert len(with_all.logits) == len(with_all.hidden_states) == 3
 
 
@@ -463,7 +461,7 @@ def check_against_the_reference(model, prompts, settings, eos, seed):
 
 @pytest.mark.parametrize("part", range(10))
 def test_random_ragged_batches_equal_the_reference(tiny_model, part):
-    """200 in all, on Meta's stream: tokens equal in both schedules, logprobs within 1e-4, the generator's state right."""
+    """200 in all, on Meta's stream: equal tokens in both schedules, logprobs within 1e-4, the generator's state."""
     draw = random.Random(part)
     for number in range(20):
         prompts, settings, eos = random_case(draw, 1024)
@@ -659,7 +657,7 @@ def test_the_models_context_binds(tiny_model):
     assert [len(row) for row in out.tokens] == [4, 8]
     assert out.settings["schedule"] == "dense"
     assert out.tokens[1] == tiny_model.generate([SHORT], max_gen_len=8, seeds=2, eos_token_id=[]).tokens[0]
-    with pytest.raises(ValueError, match="padded.*context of 512"):
+    with pytest.raises(ValueError, match=r"padded.*context of 512"):
         tiny_model.generate(long, max_gen_len=8, schedule="padded")
 
 
@@ -693,7 +691,7 @@ def test_a_streamer_receives_the_tokens(tiny_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("schedule", ["dense", "padded"])
 def test_a_streamer_of_a_batch(tiny_model, schedule):
-    """One column at a time, for all rows; an own streamer may take several, transformers' text streamer refuses them."""
+    """One column at a time, for all rows; transformers' text streamer itself refuses more than one."""
     streamer = Collect()
     out = tiny_model.generate(
         [SHORT, SHORT[::-1]], max_gen_len=5, seeds=1, streamer=streamer, schedule=schedule, eos_token_id=[]
@@ -816,7 +814,7 @@ def test_stop_strings_and_criteria(tiny_model, tiny_tokenizer):
 
     out = tiny_model.generate([SHORT] * 4, max_gen_len=4, seeds=3, stopping_criteria=[After()], eos_token_id=[])
     assert out.tokens == [whole[: min(4, 2 + row)] for row, whole in enumerate(free.tokens)]
-    assert out.finish_reason == ["stop"] * 3 + ["stop"]
+    assert out.finish_reason == ["stop"] * 3 + ["length"]
 
 
 @pytest.mark.parametrize(
@@ -929,7 +927,7 @@ def test_modes_copies_and_pickles(tiny_model):
 
 
 def test_sixteen_bit_models_run(tiny_model):
-    """bfloat16 and float16 logits are cast to float32 before any softmax: logprobs are those of the model's own logits."""
+    """bfloat16 and float16 logits are cast to float32 before any softmax: logprobs are the model's own."""
     for dtype in (torch.bfloat16, torch.float16):
         model = copy.deepcopy(tiny_model).to(dtype)
         out = model.generate([LONG], max_gen_len=5, seeds=1, logprobs=True, echo=True)
@@ -962,23 +960,15 @@ def test_tiny_and_large_batches(tiny_model):
 
 
 def test_max_time_ends_a_run(tiny_model):
-    """A run that is out of time gives what it has, prompts whole."""
+    """A run that is out of time gives what it has; in a ragged dense batch prompts might be cut, so it is refused."""
     prompts = [SHORT, [BOS, *range(20, 120)]]
-    for schedule in ("dense", "padded"):
-        out = tiny_model.generate(
-            prompts,
-            max_gen_len=40,
-            seeds=1,
-            max_time=1e-9,
-            echo=True,
-            logprobs=True,
-            eos_token_id=[],
-            schedule=schedule,
-        )
-        for row, scores, prompt in zip(out.tokens, out.logprobs, prompts, strict=True):
-            assert row[: len(prompt)] == prompt
-            assert len(scores) == len(row)
-            assert len(row) < 60 or prompt is prompts[1]
+    asked = {"max_gen_len": 40, "seeds": 1, "max_time": 1e-9, "echo": True, "logprobs": True, "eos_token_id": []}
+    out = tiny_model.generate(prompts, **asked)
+    for row, scores, prompt in zip(out.tokens, out.logprobs, prompts, strict=True):
+        assert row[: len(prompt)] == prompt
+        assert len(scores) == len(row) == len(prompt) + 1
+    with pytest.raises(ValueError, match="max_time"):
+        tiny_model.generate(prompts, schedule="dense", **asked)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -1052,7 +1042,7 @@ def other(request):
 
 
 def test_with_llama_generation_takes_any_causal_model(other, tmp_path):
-    """Learned positions too: dense, padded, rows alone and the plain loop agree; weights are shared, the class is not."""
+    """Learned positions too: dense, padded, rows alone and the plain loop agree; weights are shared, the class not."""
     kind, attributes = type(other), set(vars(type(other)))
     ours = with_ours(other)
     assert isinstance(ours, (kind, LlamaGenerationMixin))
@@ -1269,26 +1259,47 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("looks", [True, False])
+def as_on_another_device(monkeypatch):
+    """Take the path of devices other than the CPU: nothing is read on the host, and NumPy has no part in it."""
+
+    def by_torch(tokens, key, salt):
+        return noise.philox2x32(tokens, salt, key)
+
+    monkeypatch.setattr(nucleus, "_may_look", lambda probs: False)
+    monkeypatch.setattr(noise, "_words_in_numpy", by_torch)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("schedule", ["dense", "padded"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_step_waits_for_the_device_once(tiny_model, monkeypatch, call, schedule, looks):
-    """The loop's own question whether all rows are done; on the path of other devices likewise."""
-    if not looks:
-        monkeypatch.setattr(nucleus, "_may_look", lambda probs: False)
+def test_a_step_waits_for_the_device_once(tiny_model, monkeypatch, call, schedule, elsewhere):
+    """The loop's own question whether all rows are done, and no other; on the path of other devices likewise.
+
+    With padding transformers also asks its mask in each step: then ours waits as often as its own generate does.
+    """
+    if elsewhere:
+        as_on_another_device(monkeypatch)
 
     def waits(steps):
-        kwargs = dict(CALLS[call])
-        if "max_gen_len" in kwargs:
+        kwargs = {"max_gen_len": steps, "eos_token_id": [], "schedule": schedule, **CALLS[call]}
+        if "max_gen_len" in CALLS[call]:
             kwargs["max_gen_len"] = [steps - 2, steps, steps - 1]
         with Count() as count:
-            tiny_model.generate(RAGGED, **{"max_gen_len": steps, "eos_token_id": [], "schedule": schedule, **kwargs})
+            tiny_model.generate(RAGGED, **kwargs)
         return count.waits
 
-    assert waits(24) - waits(14) <= 10
+    def waits_of_transformers(steps):
+        given = padded(RAGGED, "left")
+        greedy = {"do_sample": False, "max_new_tokens": steps, "eos_token_id": None, "pad_token_id": 0}
+        with Count() as count:
+            super(LlamaGenerationMixin, tiny_model).generate(**given, **greedy)
+        return count.waits
+
+    most = 10 if schedule == "dense" else waits_of_transformers(24) - waits_of_transformers(14)
+    assert waits(24) - waits(14) <= most
 
 
-@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -1298,24 +1309,35 @@ def test_a_step_waits_for_the_device_once(tiny_model, monkeypatch, call, schedul
         lambda: LlamaSampler([0.5, 0, 1], [0.5, 0.9, 1], seeds=1),
     ],
 )
-def test_the_sampler_alone_never_waits(monkeypatch, sampler, looks):
+def test_the_sampler_alone_never_waits(monkeypatch, sampler, elsewhere):
     """No operation of a draw reads a tensor on the host, on the path of other devices; on CPU none is dispatched."""
-    if not looks:
-        monkeypatch.setattr(nucleus, "_may_look", lambda probs: False)
+    if elsewhere:
+        as_on_another_device(monkeypatch)
     draw, ids = sampler(), torch.ones(3, 9).long()
-    for kind in (3.0, 0.3):  # peaked and flat
+    for width in (3.0, 0.3):  # peaked and flat
         with Count() as count:
-            draw(ids, torch.randn(3, 2000) * kind)
+            draw(ids, torch.randn(3, 2000) * width)
         assert count.waits == 0
 
 
-# What a step of ours adds to the model's and the loop's work: measured, and a few to spare. Philox is 70 of them.
-MOST = {"greedy": 30, "meta": 60, "seeds": 140, "per row": 160, "per row, meta": 80, "logprobs": 75}
+# What a step of ours adds to the model's and the loop's work, as measured, and a few to spare: on CPU, where some of it
+# is NumPy's, and elsewhere, where ten rounds of Philox are 60 of them.
+MOST = {
+    "greedy": (20, 20),
+    "meta": (62, 38),
+    "seeds": (58, 105),
+    "per row": (108, 115),
+    "per row, meta": (108, 48),
+    "logprobs": (66, 43),
+}
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("call", MOST)
-def test_a_step_is_a_bounded_number_of_operations(tiny_model, monkeypatch, call):
-    """Counted by dispatch mode over the processor that draws, in a step in the middle of a run."""
+def test_a_step_is_a_bounded_number_of_operations(tiny_model, monkeypatch, call, elsewhere):
+    """Counted by dispatch mode over the processor that draws: the median step of a run."""
+    if elsewhere:
+        as_on_another_device(monkeypatch)
     counts = []
     original = Step.__call__
 
@@ -1326,10 +1348,9 @@ def test_a_step_is_a_bounded_number_of_operations(tiny_model, monkeypatch, call)
         return result
 
     monkeypatch.setattr(Step, "__call__", counted)
-    kwargs = {"max_gen_len": 12, "eos_token_id": [], "schedule": "padded", **CALLS[call]}
-    kwargs["max_gen_len"] = 12
+    kwargs = {"eos_token_id": [], "schedule": "padded", **CALLS[call], "max_gen_len": 13}
     tiny_model.generate(RAGGED, **kwargs)
-    assert sorted(counts)[len(counts) // 2] <= MOST[call]
+    assert sorted(counts)[6] <= MOST[call][elsewhere], sorted(counts)
 
 
 def test_no_warning_is_given(tiny_model):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .warpers import TEMPERATURE, TOP_P, PerRow, check_count, check_temperature, check_top_p, per_row
+from . import TEMPERATURE, TOP_P
+from .warpers import PerRow, check_count, check_temperature, check_top_p, per_row
 
 Schedule = Literal["auto", "dense", "padded"]
 

@@ -31,19 +31,21 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from . import TEMPERATURE, TOP_P
 from .arguments import one_of, vocab_size_of, whole
 from .dialog import UNSAFE_ERROR, is_unsafe
 from .llama import Llama
-from .warpers import TEMPERATURE, TOP_P, check_temperature, check_top_p
+from .warpers import check_temperature, check_top_p
 
 try:
     import fcntl
@@ -52,6 +54,7 @@ except ImportError:  # not on Windows; two runs into one output are then not tol
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Existing = Literal["check", "reuse", "restart"]
 
 SEED = 1
@@ -65,11 +68,12 @@ _FIELDS = ("id", "prompt", "prompt_tokens", "messages", "temperature", "top_p", 
 _PROMPTS = ("prompt", "prompt_tokens", "messages")
 _PROBE = "The quick brown fox, 1234: \n\t\u00e9\u4f60\U0001f600"  # told apart by any two tokenizers
 _SAMPLES = 64  # values looked at in each weight
+_CACHED = 90.0  # seconds after which a network file system shows every machine a new file
 _PATIENCE = timedelta(days=30)  # the processes of a run end hours apart, and accelerate's own limit is minutes
 
 
 class Refused(ValueError):
-    """The run is refused before it changed anything, for a reason that every process of it sees alike."""
+    """The run is refused, or stopped by `strict`, for a reason that every process of it sees alike."""
 
 
 class Summary(NamedTuple):
@@ -218,35 +222,39 @@ def _to_stream(worker: "_Worker") -> Summary:
 def _to_file(worker: "_Worker", folder: "RunFolder", existing: Existing) -> Summary:
     survey, state = worker.survey, worker.state
     claim = {"settings": worker.asker.settings, "input": survey.description}
-    standing = folder.standing(claim, existing)
-    _wait(state)  # nothing is changed before everyone has seen what there is
-    if standing == "complete":
-        if state.is_main_process:
-            folder.let_parts_go()
-        return folder.finished()
     with contextlib.ExitStack() as stack:
-        if state.is_main_process:
-            part = stack.enter_context(folder.open_part(0))
-            folder.prepare(claim, standing, keep=part.path)
-        _wait(state)
+        # Only the main process looks around and decides: others may see a network file system as it was a minute ago.
+        parts: list[Part] = []
+
+        def prepare() -> tuple[dict[str, Any], bytes | Summary]:
+            standing = folder.standing(claim, existing)
+            if standing == "complete":
+                return claim, folder.finished()
+            parts.append(stack.enter_context(folder.open_part(0)))
+            folder.prepare(claim, standing, mine=parts[0].path, processes=state.num_processes)
+            return claim, folder.answered(survey)
+
+        main_claim, found = _on_main(state, prepare)
+        if main_claim != claim:
+            raise ValueError(
+                f"all processes of a run need the same input and model, but process {state.process_index} has another "
+                f"than process 0 ({_changes(main_claim, claim)}): load the same files everywhere"
+            )
+        if isinstance(found, Summary):
+            return found
         if not state.is_main_process:
-            folder.check_shared(claim)
-            part = stack.enter_context(folder.open_part(state.process_index))
-        done = folder.answered(survey)
+            parts.append(stack.enter_context(folder.open_part(state.process_index)))
+        done = bytearray(found)
         before = sum(done)
-        _wait(state)  # nothing is added before everyone has seen what is done
 
         def keep(answers: Sequence[Answer]) -> None:
-            part.append([(int(survey.keys[answer.place]), answer) for answer in answers])
+            parts[0].append([(int(survey.keys[answer.place]), answer) for answer in answers])
 
-        others = [path for path in folder.parts() if path != part.path] if state.is_main_process else []
+        others = [path for path in folder.parts() if path != parts[0].path] if state.is_main_process else []
         with Progress(len(done), before, others) as progress:
             worker.work(done, keep, progress)
     _wait(state)
-    if state.is_main_process:
-        folder.finish(claim, survey)
-    _wait(state)
-    summary = folder.finished()
+    summary = _on_main(state, lambda: folder.finish(claim, survey))
     return summary._replace(answered=summary.records - before)
 
 
@@ -276,9 +284,38 @@ def _wait(state: PartialState) -> None:
     try:
         state.wait_for_everyone()
     except RuntimeError as error:  # what torch raises when a peer's connection closes
-        raise ConnectionError(
-            "another process of this run ended before its work was done: the same command takes up what is missing"
-        ) from error
+        raise _lost() from error
+
+
+def _lost() -> ConnectionError:
+    return ConnectionError(
+        "another process of this run ended before its work was done: the same command takes up what is missing"
+    )
+
+
+def _on_main(state: PartialState, work: Callable[[], T]) -> T:
+    """What the main process finds, in every process; an error of its is everyone's."""
+    box: list[tuple[T | None, str | None]] = [(None, None)]
+    failure: Exception | None = None
+    if state.is_main_process:
+        try:
+            box = [(work(), None)]
+        except (ValueError, OSError) as error:
+            box, failure = [(None, str(error))], error
+    _spread(box)
+    found, message = box[0]
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise Refused(message)
+    return cast(T, found)
+
+
+def _spread(box: list[Any]) -> None:
+    try:
+        broadcast_object_list(box)
+    except RuntimeError as error:
+        raise _lost() from error
 
 
 class Shares:
@@ -962,13 +999,22 @@ class RunFolder:
         """All part files, also those of processes that this run does not have."""
         return sorted(self.folder.glob("part-*"))
 
-    def open_part(self, process: int) -> Part:
-        """The part file of a process; only one run may have it."""
+    def open_part(self, process: int) -> "Part":
+        """The part file of a process; only one run may have it. The main process makes the folder and all files in it.
+
+        Raises:
+            OSError: another run has it, or it cannot be written.
+        """
         with _explained(f"the output {str(self.output)!r} cannot be written"):
-            self.folder.mkdir(exist_ok=True)
-            part = Part(self.folder / f"part-{process:05d}")
-            _sync(self.folder)
-            return part
+            path = self.folder / f"part-{process:05d}"
+            if process == 0:
+                self.folder.mkdir(exist_ok=True)
+            elif not _comes_to_be(path):
+                raise FileNotFoundError(
+                    f"process {process} does not see {str(path)!r}, which process 0 made: name an output on a file "
+                    "system that all machines share"
+                )
+            return Part(path)
 
     def standing(self, claim: dict[str, Any], existing: Existing) -> Literal["new", "kept", "reused", "complete"]:
         """What there is of this output already, and what is to become of it.
@@ -1022,20 +1068,15 @@ class RunFolder:
         return old
 
     def _check_same(self, part: str, old: dict[str, Any], claim: dict[str, Any], found: str, way_out: str = "") -> None:
-        before, now = old.get(part, {}), claim[part]
-        changes = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
-        ]
+        changes = _changes({part: old.get(part, {})}, {part: claim[part]})
         if changes:
             raise Refused(
-                f"the output {str(self.output)!r} was {found} ({'; '.join(changes)}): name another output; {way_out}"
+                f"the output {str(self.output)!r} was {found} ({changes}): name another output; {way_out}"
                 'existing="restart" (--existing restart) replaces it'
             )
 
-    def prepare(self, claim: dict[str, Any], standing: str, *, keep: Path) -> None:
-        """Bring the folder into order before anyone reads it: `keep` is this process's own, locked part file.
+    def prepare(self, claim: dict[str, Any], standing: str, *, mine: Path, processes: int) -> None:
+        """Bring the folder into order for so many processes; `mine` is the main process's own, locked part file.
 
         Raises:
             Refused: another run is at work here.
@@ -1043,7 +1084,7 @@ class RunFolder:
         """
         with _explained(f"the output {str(self.output)!r} cannot be written"):
             for path in self.parts():
-                if path != keep:
+                if path != mine:
                     Part(path).__exit__()
             if standing == "new":
                 for path in self.parts():
@@ -1052,6 +1093,8 @@ class RunFolder:
                 self._reuse_output()
             for path in self.parts():
                 repair(path)
+            for process in range(processes):
+                (self.folder / f"part-{process:05d}").touch()
             _write(self.claim_file, _pretty({**claim, "complete": False}))
 
     def _reuse_output(self) -> None:
@@ -1064,16 +1107,7 @@ class RunFolder:
                     tokens = record.get("tokens", record.get("prompt_tokens", []))
                     part.write(Line(int(key), 0, len(tokens), line.rstrip(b"\n")).packed())
 
-    def check_shared(self, claim: dict[str, Any]) -> None:
-        """Whether this process sees the folder, and has the model and input, that the main process has."""
-        seen = self._old_claim()
-        if seen is None or any(seen[part] != json.loads(json.dumps(claim[part])) for part in claim):
-            raise ValueError(
-                f"all processes of a run need the same input, model and output folder, and this one's differ from the "
-                f"main one's ({str(self.folder)!r}): share the file system, and load the same checkpoint everywhere"
-            )
-
-    def answered(self, survey: Survey) -> bytearray:
+    def answered(self, survey: Survey) -> bytes:
         """One byte per record: whether some part file holds its answer."""
         done = bytearray(len(survey))
         for path in self.parts():
@@ -1081,9 +1115,9 @@ class RunFolder:
                 place = survey.place(line.key)
                 if place is not None:
                     done[place] = 1
-        return done
+        return bytes(done)
 
-    def finish(self, claim: dict[str, Any], survey: Survey) -> None:
+    def finish(self, claim: dict[str, Any], survey: Survey) -> Summary:
         """Merge the parts into the output, which appears at once, and let them go.
 
         Raises:
@@ -1111,12 +1145,7 @@ class RunFolder:
             _write(self.keys_file, survey.keys.astype("<u8").tobytes())
             found = {"complete": True, "output_bytes": size, "errors": errors, "tokens": tokens}
             _write(self.claim_file, _pretty({**claim, **found}))
-            self.let_parts_go()
-
-    def let_parts_go(self) -> None:
-        """Remove the part files of a complete output."""
-        for path in self.parts():
-            path.unlink(missing_ok=True)
+        return self.finished()
 
     def _merge(self, paths: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]) -> int:
         """Bytes written. Reads here and there, though within a window: parts are in the order of work."""
@@ -1131,10 +1160,32 @@ class RunFolder:
             return merged.tell()
 
     def finished(self) -> Summary:
-        """The summary of a complete output."""
+        """The summary of a complete output, whose part files are removed."""
+        for path in self.parts():
+            path.unlink(missing_ok=True)
         claim = self._old_claim()
         assert claim is not None and claim["complete"]
         return Summary(claim["input"]["records"], claim["errors"], claim["tokens"], 0, 0.0)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """In words, what differs in two claims."""
+    return "; ".join(
+        f"{name} was {old[part].get(name)!r} and is {new[part].get(name)!r}"
+        for part in new
+        for name in sorted({*old[part], *new[part]})
+        if old[part].get(name) != new[part].get(name)
+    )
+
+
+def _comes_to_be(path: Path) -> bool:
+    """Whether there is such a file, now or soon."""
+    patience = time.monotonic() + _CACHED
+    while not path.exists():
+        if time.monotonic() > patience:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, Line]]:
@@ -1303,7 +1354,8 @@ def main(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Lla
         # Everyone comes here; the main one speaks, and the others do not leave before, or the launcher would end it.
         if state.is_main_process:
             print(f"hf-llama-sampling batch: {error}", file=sys.stderr, flush=True)
-        _wait(state)
+        with contextlib.suppress(ConnectionError):
+            _wait(state)
         return 2
     if state.is_main_process:
         print(_told(summary), file=sys.stderr)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .warpers import TEMPERATURE, TOP_P
+from . import TEMPERATURE, TOP_P, __version__
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
 GEN_LEN = 128
@@ -69,7 +68,12 @@ def chat(arguments: argparse.Namespace) -> int:
     """Talk with the model, line by line, until /exit, Ctrl-D or Ctrl-C."""
     from .dialog import UNSAFE_ERROR, Message, is_unsafe
     from .llama import TextStreamer
+    from .warpers import check_temperature, check_top_p
 
+    check_temperature(arguments.temperature)
+    check_top_p(arguments.top_p)
+    if arguments.system and is_unsafe([{"role": "user", "content": arguments.system}]):
+        raise ValueError(f"a system message must hold none of LLAMA2's tags, got {arguments.system!r}")
     llama = _load(arguments)
     start: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     dialog = list(start)
@@ -91,7 +95,7 @@ def chat(arguments: argparse.Namespace) -> int:
                 continue
             asked: list[Message] = [*dialog, {"role": "user", "content": said}]
             own_format = not arguments.llama2_format and llama.has_chat_template
-            if not own_format and is_unsafe(asked):
+            if not own_format and is_unsafe(asked[-1:]):
                 print(UNSAFE_ERROR, flush=True)
                 continue
             try:
@@ -102,7 +106,7 @@ def chat(arguments: argparse.Namespace) -> int:
                         f"the conversation has {len(prompt)} tokens and the model reads {llama.max_seq_len}: "
                         "/reset starts a new one"
                     )
-                printer = TextStreamer(llama.tokenizer, lambda text: print(text, end="", flush=True))
+                printer = TextStreamer(llama.text_of, lambda text: print(text, end="", flush=True))
                 tokens, _ = llama.generate(
                     [prompt],
                     min(room, arguments.max_gen_len),
@@ -114,7 +118,7 @@ def chat(arguments: argparse.Namespace) -> int:
                 print(f"hf-llama-sampling chat: {error}", file=sys.stderr)
                 continue
             print(flush=True)
-            dialog = [*asked, {"role": "assistant", "content": llama.tokenizer.decode(tokens[0])}]
+            dialog = [*asked, {"role": "assistant", "content": llama.text_of(tokens[0])}]
     print(file=sys.stderr if not terminal else sys.stdout)
     return 0
 
@@ -156,7 +160,7 @@ def _load(arguments: argparse.Namespace) -> Any:
             arguments.max_seq_len,
             None,
             seed=arguments.seed,
-            dtype=_dtype(arguments.dtype),
+            dtype=arguments.dtype,
             device_map=arguments.device_map,
             compat=arguments.compat,
         )
@@ -179,12 +183,6 @@ class _Nowhere:
 
     def flush(self) -> None:
         pass
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ looks at logits; `generation` does the work, and this turns text into token ids 
 """
 
 import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .arguments import Schedule, check_lengths, context_of, eos_ids_of, one_of, vocab_size_of, whole
+from . import TEMPERATURE, TOP_P
+from .arguments import Schedule, context_of, eos_ids_of, one_of, vocab_size_of, whole
 from .checkpoint import is_meta_folder, load_meta_checkpoint
 from .dialog import UNSAFE_ERROR, Dialog, Message, dialog_tokens, is_unsafe
 from .generation import LlamaForCausalLM, LlamaGenerateOutput, with_llama_generation
 from .tokenizer import TokenizerLike, TransformersTokenizer, is_hub_id, load_tokenizer
 from .trimming import Compat
-from .warpers import TEMPERATURE, TOP_P
 
 ChatFormat = Literal["auto", "llama2", "template"]
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
@@ -109,7 +110,7 @@ class Llama:
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
@@ -144,11 +145,14 @@ class Llama:
         start = time.time()
         torch.manual_seed(seed)
         gpus = torch.cuda.device_count()
+        dtype = _floating(dtype)
+        device_map = {"": "disk"} if device_map == "disk" else device_map
         if model_parallel_size is not None:
             whole("model_parallel_size", model_parallel_size, least=1)
         if device_map is None and gpus:
             several = model_parallel_size is not None and model_parallel_size > 1
-            device_map = "auto" if several else "cuda:0"
+            rank = int(os.environ.get("LOCAL_RANK", 0))  # launchers start one process per GPU
+            device_map = "auto" if several else f"cuda:{rank % gpus}"
             if several and max_memory is None and gpus > (model_parallel_size or 1):
                 used = range(model_parallel_size or 1)
                 max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in used}
@@ -207,14 +211,15 @@ class Llama:
             ValueError: the batch is larger than `max_batch_size`, a prompt is empty or longer than `max_seq_len`, or a
                 value is out of range.
         """
-        if self.max_batch_size is not None and len(prompt_tokens) > self.max_batch_size:
+        rows = len(prompt_tokens) if hasattr(prompt_tokens, "__len__") else 0  # what is no batch is refused below
+        if self.max_batch_size is not None and rows > self.max_batch_size:
             raise ValueError(
-                f"a batch must not exceed max_batch_size={self.max_batch_size}, got {len(prompt_tokens)} prompts: "
+                f"a batch must not exceed max_batch_size={self.max_batch_size}, got {rows} prompts: "
                 "split it, or raise max_batch_size"
             )
-        check_lengths(prompt_tokens, self.max_seq_len)
         output: LlamaGenerateOutput = self.model.generate(
-            [list(prompt) for prompt in prompt_tokens],
+            prompt_tokens,
+            return_dict_in_generate=True,
             max_gen_len=max_gen_len,
             temperature=temperature,
             top_p=top_p,
@@ -249,8 +254,8 @@ class Llama:
         Returns:
             per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of texts, got a single one: wrap it as [prompt]")
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list of texts, got {type(prompts).__name__}: wrap it as [prompt]")
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
             prompt_tokens=ids,
@@ -262,7 +267,7 @@ class Llama:
             **({} if streamer is None else {"streamer": streamer}),
         )
         return [
-            {"generation": self.tokenizer.decode(row), **self._details(row, beside)}  # type: ignore[typeddict-item]
+            {"generation": self.text_of(row), **self._details(row, beside)}  # type: ignore[typeddict-item]
             for row, beside in _beside(tokens, scores)
         ]
 
@@ -291,8 +296,8 @@ class Llama:
         Raises:
             ValueError: a dialog breaks a rule of the format; the dialog and the rule are named.
         """
-        if isinstance(dialogs, Mapping) or (dialogs and isinstance(dialogs[0], Mapping)):
-            raise TypeError("dialogs must be a list of dialogs, got a single one: wrap it as [dialog]")
+        if not isinstance(dialogs, Sequence) or (dialogs and isinstance(dialogs[0], Mapping)):
+            raise TypeError("dialogs must be a list of dialogs, and this is a single one or none: wrap it as [dialog]")
         unsafe = [is_unsafe(dialog, row=row) for row, dialog in enumerate(dialogs)]
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
         ids = [dialog_tokens(dialogs[row], self.tokenizer, row=row) for row in asked]
@@ -309,7 +314,7 @@ class Llama:
         predictions: list[ChatPrediction] = []
         for row, flagged in enumerate(unsafe):
             answer, beside = answers.get(row, ([], [] if logprobs else None))
-            content = UNSAFE_ERROR if flagged else self.tokenizer.decode(answer)
+            content = UNSAFE_ERROR if flagged else self.text_of(answer)
             message: Message = {"role": "assistant", "content": content}
             predictions.append({"generation": message, **self._details(answer, beside)})  # type: ignore[typeddict-item]
         return predictions
@@ -338,6 +343,10 @@ class Llama:
         assert isinstance(self.tokenizer, TransformersTokenizer)
         return self.tokenizer.encode_chat([{**message} for message in dialog])  # type: ignore[dict-item]
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Decoded tokens. Ids that a model embeds beyond its tokenizer's (padded vocabularies) stand for no text."""
+        return self.tokenizer.decode([token for token in tokens if token < self.tokenizer.n_words])
+
     def _eos_ids(self) -> list[int]:
         """The tokenizer's EOS; with a transformers tokenizer also those that the checkpoint names."""
         ids = {self.tokenizer.eos_id} - {-1}
@@ -365,7 +374,7 @@ class Llama:
     def _details(self, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
         if logprobs is None:
             return {}
-        return {"tokens": [self.tokenizer.decode([token]) for token in tokens], "logprobs": logprobs}
+        return {"tokens": [self.text_of([token]) for token in tokens], "logprobs": logprobs}
 
 
 class TextStreamer:
@@ -374,8 +383,8 @@ class TextStreamer:
     Bytes that do not make a character yet are held back. Follows transformers' streamers: `put`, then `end`.
     """
 
-    def __init__(self, tokenizer: TokenizerLike, write: Callable[[str], object]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, text_of: Callable[[Sequence[int]], str], write: Callable[[str], object]) -> None:
+        self.text_of = text_of
         self.write = write
         self.ids: list[int] | None = None  # None before the prompt has passed
         self.written = 0
@@ -386,20 +395,30 @@ class TextStreamer:
             self.ids = []
             return
         self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids)
+        text = self.text_of(self.ids)
         if not text.endswith("\ufffd"):
             self.write(text[self.written :])
             self.written = len(text)
 
     def end(self) -> None:
         """Write what was held back."""
-        self.write(self.tokenizer.decode(self.ids or [])[self.written :])
+        self.write(self.text_of(self.ids or [])[self.written :])
         self.ids, self.written = None, 0
 
 
 def _beside(tokens: list[list[int]], scores: list[list[float]] | None) -> list[tuple[list[int], list[float] | None]]:
     """Each row's tokens and logprobs, if there are any."""
     return list(zip(tokens, [None] * len(tokens) if scores is None else scores, strict=True))
+
+
+def _floating(dtype: Any) -> torch.dtype | None:
+    """A dtype, or the name of one, that weights can have."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype!r}")
+    if found is None and dtype is not None:
+        raise ValueError(f"dtype must be a floating-point type such as 'float16', got {dtype!r}")
+    return found
 
 
 def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, Any]) -> PreTrainedModel:

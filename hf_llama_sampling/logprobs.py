@@ -39,8 +39,13 @@ def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
 
 
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
-    """How many columns fit the budget: 4 bytes a logit, three times over (logits, a 16-bit copy or exp, the gather)."""
-    return max(1, chunk_bytes // (12 * batch * vocab_size))
+    """How many columns fit the budget, one at least."""
+    return max(1, chunk_bytes // bytes_of(batch, vocab_size, 1))
+
+
+def bytes_of(batch: int, vocab_size: int, columns: int) -> int:
+    """What scoring so many columns costs: 4 bytes a logit, thrice (logits, a 16-bit copy or exp, the gather)."""
+    return 12 * batch * vocab_size * columns
 
 
 @torch.no_grad()
@@ -73,7 +78,8 @@ def score_columns(
             column that means something; row and position are named.
     """
     width = input_ids.shape[1]
-    step = columns_per_chunk(len(input_ids), model.config.get_text_config().vocab_size, chunk_bytes)
+    vocab_size = model.config.get_text_config().vocab_size
+    step = columns_per_chunk(len(input_ids), vocab_size, chunk_bytes)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
     parts, sums, cache = [], [], None
     for start in range(0, width, step):
@@ -86,7 +92,7 @@ def score_columns(
         if cache is None and end < width:
             raise ValueError(
                 f"scoring a text chunk by chunk needs a key-value cache, and {type(model).__name__} has none: raise "
-                f"chunk_bytes, here above {chunk_bytes * -(-width // step)}, so that one chunk holds it all"
+                f"chunk_bytes, here to {bytes_of(len(input_ids), vocab_size, width)}, so that one chunk holds it all"
             )
         logits = output.logits  # on the last device of a model that is spread over several
         scores = score(logits, targets[:, start:end].to(logits.device), top)

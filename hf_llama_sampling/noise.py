@@ -10,6 +10,8 @@ Philox4x32-10 turns (seed, position) into the key and counter of a Philox2x32-10
 not do: it knows nothing of probabilities.
 """
 
+import functools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -38,6 +40,50 @@ def exponential(shape: Sequence[int], device: torch.device, generator: torch.Gen
     return torch.empty(tuple(shape), dtype=torch.float32, device=device).exponential_(1.0, generator=generator)
 
 
+class Block:
+    """One step's (B, V) Exp(1) values, drawn at once; those that are asked for are computed then.
+
+    On CPU a value is made of one 64-bit word of the generator, and its logarithm costs several times the word. A
+    nucleus is a few ranks, so the words alone are drawn, if this build of torch is seen to make its values so.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> None:
+        self.words = device.type == "cpu" and _a_word_makes_a_value()
+        if self.words:
+            self.drawn = torch.empty(tuple(shape), dtype=torch.long).random_(generator=generator)
+        else:
+            self.drawn = exponential(shape, device, generator)
+
+    def first(self, ranks: int, rows: Tensor | None = None) -> Tensor:
+        """(R, ranks): the first ranks of all rows, or of some."""
+        drawn = self.drawn[:, :ranks] if rows is None else self.drawn[:, :ranks][rows]
+        return _exponential_of(drawn) if self.words else drawn
+
+
+def _exponential_of(words: Tensor) -> Tensor:
+    """What ``exponential_`` makes of these words on CPU: ``-log1p(-u)`` in float64 of 53 bits, rounded to float32.
+
+    torch's vectorized log1p and the C library's, which ``exponential_`` calls, may differ in the last bit of the
+    float64. Where four times that would round to another float32, about once in 2**26 values, the C library is asked.
+    """
+    uniform = (words & ((1 << 53) - 1)).double().mul_(2.0**-53)
+    exact = torch.log1p(-uniform).neg_()
+    values = (exact * (1 + 2.0**-50)).float()
+    unsure = (values != (exact * (1 - 2.0**-50)).float()).numpy()
+    for place in zip(*unsure.nonzero(), strict=True):
+        values[place] = -math.log1p(-float(uniform[place]))
+    return values
+
+
+@functools.cache
+def _a_word_makes_a_value() -> bool:
+    """Whether this build draws Exp(1) values as `_exponential_of` does; one with MKL's generators does not."""
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    values = _exponential_of(torch.empty(1000, dtype=torch.long).random_(generator=one))
+    as_torch_does = exponential((1000,), torch.device("cpu"), other)
+    return torch.equal(values, as_torch_does) and torch.equal(one.get_state(), other.get_state())
+
+
 class MetaStream:
     """The reference's draws, one (B, V) block a step."""
 
@@ -50,12 +96,8 @@ class MetaStream:
         self, shape: Sequence[int], device: torch.device, column: int
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """This step's noise. Draws at once: the reference consumes a block in every step, whatever is then used."""
-        block = exponential(shape, device, self.generator)
-        return lambda tokens, rows: _first_ranks(block, tokens.shape[1], rows)
-
-
-def _first_ranks(block: Tensor, ranks: int, rows: Tensor | None) -> Tensor:
-    return (block if rows is None else block[rows])[:, :ranks]
+        block = Block(shape, device, self.generator)
+        return lambda tokens, rows: block.first(tokens.shape[1], rows)
 
 
 class LookAhead:
@@ -88,30 +130,36 @@ class LookAhead:
         ranks = min(shape[1], max(LEAST_RANKS, LOOK_AHEAD_BYTES // (4 * shape[0] * depth)))
         while len(self.states) < step + depth:
             self.states.append(generator.get_state())
-            block = exponential(shape, device, generator)
-            self.kept.append(block if ranks == shape[1] else block[:, :ranks].clone())
+            self.kept.append(Block(shape, device, generator).first(ranks).clone())
         while len(self.kept) > depth:
             self.kept.popleft()
         mine = torch.stack([self.kept[lag][row] for row, lag in enumerate(self.lags)])  # (B, ranks)
 
         def noise(tokens: Tensor, rows: Tensor | None) -> Tensor:
             if tokens.shape[1] <= ranks:
-                return _first_ranks(mine, tokens.shape[1], rows)
+                return (mine if rows is None else mine[rows])[:, : tokens.shape[1]]
             which = list(range(len(self.lags))) if rows is None else rows.tolist()
-            return self._again(step, which, shape, device, generator)[:, : tokens.shape[1]]
+            return self._again(step, which, shape, device, generator, tokens.shape[1])
 
         return noise
 
     def _again(
-        self, step: int, rows: list[int], shape: Sequence[int], device: torch.device, generator: torch.Generator
+        self,
+        step: int,
+        rows: list[int],
+        shape: Sequence[int],
+        device: torch.device,
+        generator: torch.Generator,
+        ranks: int,
     ) -> Tensor:
-        """(R, V): the blocks of these rows' own steps, drawn again from the states before them."""
+        """(R, ranks): the blocks of these rows' own steps, drawn again from the states before them."""
         now = generator.get_state()
         drawn: dict[int, Tensor] = {}
         for lag in sorted({self.lags[row] for row in rows}):
             generator.set_state(self.states[step + lag])
-            block = exponential(shape, device, generator)
-            drawn.update({row: block[row].clone() for row in rows if self.lags[row] == lag})
+            mine = sorted({row for row in rows if self.lags[row] == lag})
+            values = Block(shape, device, generator).first(ranks, torch.tensor(mine, device=device))
+            drawn.update(zip(mine, values.clone(), strict=True))
         generator.set_state(now)
         return torch.stack([drawn[row] for row in rows])
 
@@ -120,7 +168,7 @@ class LookAhead:
         generator = self._generator(device)
         for _ in range(steps - len(self.states)):
             self.states.append(generator.get_state())
-            exponential(shape, device, generator)
+            Block(shape, device, generator)
         if steps < len(self.states):
             generator.set_state(self.states[steps])
 

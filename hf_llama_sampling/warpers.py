@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from . import TEMPERATURE, TOP_P
 from . import noise as streams
 from .nucleus import Draw, nucleus_mask, sample_by_rank, sample_by_token, tempered
-
-TEMPERATURE = 0.6  # the reference's defaults, written once
-TOP_P = 0.9
 
 Stream = streams.MetaStream | streams.LookAhead | streams.PromptStreams
 PerRow = float | Sequence[float]

@@ -4,7 +4,7 @@ Importing torch and transformers takes seconds, and `tests/test_batch.py` starts
 a line on standard input starts a run, one on standard output tells how its processes ended:
 
     {"count": 2, "kill": {"after": 0.3, "ranks": [0, 1]}, "input": ..., "output": ..., "options": {...}}
-    {"codes": [-9, -9], "stderr": "...", "seconds": 1.2}
+    {"codes": [-9, -9], "stderr": "...", "seconds": 1.2, "processor_seconds": [0.9, 1.0]}
 
 A code is an exit status, or a signal's number below 0; 100 means an exception, which stderr shows. The clock of a kill
 starts when all processes of the run have joined. Two more keys are `limit`, on file sizes, in bytes, and
@@ -88,7 +88,7 @@ def run(task, llama):
                 break
             joined += len(got)
         start = time.monotonic()
-        codes = [None] * task["count"]
+        codes, used = [None] * task["count"], [0.0] * task["count"]
         kill = task.get("kill")
         while None in codes:
             now = time.monotonic() - start
@@ -103,13 +103,15 @@ def run(task, llama):
                         os.kill(pid, signal.SIGKILL)
             for rank, pid in enumerate(pids):
                 if codes[rank] is None:
-                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    ended, status, usage = os.wait4(pid, os.WNOHANG)
                     if ended:
                         codes[rank] = os.waitstatus_to_exitcode(status)
+                        used[rank] = usage.ru_utime + usage.ru_stime
             time.sleep(0.005)
         os.close(readable)
         log.seek(0)
-        return {"codes": codes, "stderr": log.read().decode(), "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - start
+        return {"codes": codes, "stderr": log.read().decode(), "seconds": seconds, "processor_seconds": used}
 
 
 def main():

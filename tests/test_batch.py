@@ -401,11 +401,20 @@ def test_files_of_others_are_not_touched(llama, tmp_path):
 def test_one_run_at_a_time(llama, tmp_path):
     """A second run into the same output is told so."""
     folder = batch.RunFolder(tmp_path / "out")
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "part-00003").touch()
     with folder.open_part(0), pytest.raises(BlockingIOError, match="another run is writing"):
         ask_all(llama, tmp_path, some_records(2))
     with folder.open_part(3), pytest.raises(BlockingIOError, match="another run is writing"):
         ask_all(llama, tmp_path, some_records(2))
     assert len(ask_all(llama, tmp_path, some_records(2))) == 2
+
+
+def test_machines_that_share_no_file_system_are_told_so(tmp_path, monkeypatch):
+    """A process that does not see what the main one made waits for it, and then says what is wrong."""
+    monkeypatch.setattr(batch, "_CACHED", 0.3)
+    with pytest.raises(FileNotFoundError, match=r"process 1 does not see .*: name an output on a file system that all"):
+        batch.RunFolder(tmp_path / "out").open_part(1)
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(llama, tmp_path, monkeypatch):
@@ -533,12 +542,11 @@ def test_killed_between_the_last_steps(llama, tmp_path, monkeypatch, step):
         return replacing(path, temporary)
 
     def no_parts(self):
-        if step == "parts":
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "_write", no_write)
     monkeypatch.setattr(batch, "_replacing", no_replace)
-    monkeypatch.setattr(batch.RunFolder, "let_parts_go", no_parts)
+    monkeypatch.setattr(batch.RunFolder, "finished", no_parts)
     with pytest.raises(KeyboardInterrupt):
         ask_all(llama, tmp_path, records)
     monkeypatch.undo()

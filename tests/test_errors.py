@@ -225,20 +225,21 @@ def test_encoder_decoders_are_refused():
         with_ours(transformers.T5ForConditionalGeneration(config))
 
 
-def test_a_model_without_a_key_value_cache_is_refused_where_it_needs_one():
-    """Not by an AttributeError from the inside."""
+def test_a_model_without_a_key_value_cache_is_scored_in_one_chunk():
+    """A state-space model has no cache to hand on: where one chunk does not hold it all, the message says so."""
     config = transformers.MambaConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=1, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    model = transformers.MambaForCausalLM(config).eval()
-    for ask in (
-        lambda ours: ours.score_tokens([[1, 5, 6]]),
-        lambda ours: ours.generate([[1, 5, 6]], max_gen_len=2, echo=True, logprobs=True),
-    ):
-        try:
-            ask(with_ours(model))
-        except ValueError as refusal:
-            assert "cache" in str(refusal)
+    model = with_ours(transformers.MambaForCausalLM(config).eval())
+    text = [1, 5, 6, 7]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([text])).logits[0], -1)[[0, 1, 2], text[1:]].tolist()
+    enough = 12 * 32 * 3  # the last token needs no forward
+    assert model.score_tokens([text], chunk_bytes=enough).logprobs[0][1:] == pytest.approx(expected, abs=1e-5)
+    out = model.generate([text], max_gen_len=2, echo=True, logprobs=True, seeds=1)
+    assert out.logprobs[0][1:4] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=rf"MambaForCausalLM has none: raise chunk_bytes, here to {enough}"):
+        model.score_tokens([text], chunk_bytes=enough - 1)
 
 
 def test_a_checkpoint_without_a_context_needs_a_length():

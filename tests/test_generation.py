@@ -704,6 +704,19 @@ def test_a_streamer_of_a_batch(tiny_model, schedule):
     assert nothing.ended
 
 
+@pytest.mark.parametrize("schedule", ["dense", "padded"])
+def test_a_streamer_sees_pad_after_a_rows_end(tiny_model, schedule):
+    """As in transformers: what a finished row goes on with is pad, not text."""
+    asked = {"max_gen_len": 12, "seeds": 3, "schedule": schedule}
+    free = tiny_model.generate([SHORT, SHORT], eos_token_id=[], **asked).tokens
+    stop = next(token for token in free[0] if token not in free[1])
+    streamer = Collect()
+    tiny_model.generate([SHORT, SHORT], eos_token_id=[stop], pad_token_id=0, streamer=streamer, **asked)
+    end = free[0].index(stop) + 1
+    streamed = torch.stack(streamer.parts[1:], 1).tolist()
+    assert streamed == [free[0][:end] + [0] * (12 - end), free[1]]
+
+
 def test_repetition_penalty(tiny_model):
     """It edits the logits before the draw, and the completion's logprobs are those of the edited logits."""
     out = tiny_model.generate([SHORT], max_gen_len=12, temperature=0, repetition_penalty=1.8, logprobs=True, echo=True)

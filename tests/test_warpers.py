@@ -294,6 +294,15 @@ def test_per_row_settings_equal_rows_alone():
     assert batch[1].argmax() == logits[1].argmax()
 
 
+def test_a_greedy_row_among_sampled_ones_takes_the_first_of_equal_tokens():
+    """As argmax does alone; a draw at temperature 1e-30 would pick any of them. 16-bit logits have many ties."""
+    logits, ids = torch.tensor([[1.0] * 50, [1.0] * 50]), torch.ones(2, 3).long()
+    alone = LlamaSampler(0)(ids[:1], logits[:1])
+    for seed in range(5):
+        for kwargs in ({"seeds": seed}, {"generator": torch.Generator().manual_seed(seed)}):
+            assert torch.equal(LlamaSampler([0, 1.0], **kwargs)(ids, logits)[:1], alone)
+
+
 def test_scores_are_one_hot():
     """0 at the token and -inf elsewhere: argmax and softmax both give it."""
     row = one_hot(torch.tensor([2, 0]), torch.zeros(2, 4, dtype=torch.bfloat16))

@@ -17,7 +17,8 @@ GEN_LEN = 128
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. A refusal is one sentence on standard error, and status 2."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(with_batch="batch" in argv[:1]).parse_args(argv)
     try:
         status: int = arguments.run(arguments)
         return status
@@ -123,6 +124,13 @@ def chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def batch(arguments: argparse.Namespace) -> int:
+    """Answer the records of a JSONL file."""
+    from .batch import main
+
+    return main(arguments, _load)
+
+
 def parity(arguments: argparse.Namespace) -> int:
     """Compare the package with the plain reference loop on this machine's device."""
     import torch
@@ -215,7 +223,8 @@ def _beside(tokens: Sequence[str], logprobs: Sequence[float]) -> str:
     return "\n".join(lines).replace("\u00a0", " ")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
+    """The whole command. The options of `batch` stand beside its code, which takes seconds to import."""
     parser = argparse.ArgumentParser(
         prog="hf-llama-sampling", description="LLAMA2's generation, exactly, on any transformers causal language model."
     )
@@ -246,6 +255,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--llama2-format", action="store_true", help="LLAMA2's format even if the tokenizer has a template"
     )
+
+    sub = _command(
+        commands,
+        "batch",
+        batch,
+        "answer the records of a JSONL file, on one process or many",
+        "Each line holds a prompt (text), prompt_tokens (ids) or messages (a dialog), and may hold an id, temperature, "
+        "top_p, max_gen_len and seed of its own. A run that was stopped is taken up by the same command. For several "
+        "processes: accelerate launch --num_processes N -m hf_llama_sampling batch IN.jsonl OUT.jsonl ... Status 1 if "
+        "some records could not be answered, 2 if the run was refused.",
+    )
+    if with_batch:
+        from .batch import add_arguments
+
+        add_arguments(sub)
+        _model_options(sub)
+        _sampling_options(sub)
 
     sub = _command(
         commands,

@@ -129,7 +129,7 @@ def test_chat_ends_cleanly_on_interrupt(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["complete", "chat", "parity"])
+@pytest.mark.parametrize("command", ["complete", "chat", "batch", "parity"])
 def test_help_names_every_option(capsys, command):
     """`--help` needs no model and explains each option."""
     with pytest.raises(SystemExit) as stop:

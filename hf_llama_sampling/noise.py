@@ -45,17 +45,27 @@ class Block:
 
     On CPU a value is made of one 64-bit word of the generator, and its logarithm costs several times the word. A
     nucleus is a few ranks, so the words alone are drawn, if this build of torch is seen to make its values so.
+
+    One buffer serves all steps: fresh ones among what is kept for long would leave holes that no other fits.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> None:
-        self.words = device.type == "cpu" and _a_word_makes_a_value()
+    def __init__(self) -> None:
+        self.words = False
+        self.drawn = torch.empty(0)
+
+    def draw(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> None:
+        """Draw the next block over the last one."""
+        if self.drawn.shape != tuple(shape) or self.drawn.device.type != device.type:
+            self.words = device.type == "cpu" and _a_word_makes_a_value()
+            dtype = torch.long if self.words else torch.float32
+            self.drawn = torch.empty(tuple(shape), dtype=dtype, device=device)
         if self.words:
-            self.drawn = torch.empty(tuple(shape), dtype=torch.long).random_(generator=generator)
+            self.drawn.random_(generator=generator)
         else:
-            self.drawn = exponential(shape, device, generator)
+            self.drawn.exponential_(1.0, generator=generator)
 
     def first(self, ranks: int, rows: Tensor | None = None) -> Tensor:
-        """(R, ranks): the first ranks of all rows, or of some."""
+        """(R, ranks): the first ranks of all rows, or of some; good until the next draw."""
         drawn = self.drawn[:, :ranks] if rows is None else self.drawn[:, :ranks][rows]
         return _exponential_of(drawn) if self.words else drawn
 
@@ -91,13 +101,14 @@ class MetaStream:
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self.generator = generator
+        self.block = Block()
 
     def step(
         self, shape: Sequence[int], device: torch.device, column: int
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """This step's noise. Draws at once: the reference consumes a block in every step, whatever is then used."""
-        block = Block(shape, device, self.generator)
-        return lambda tokens, rows: block.first(tokens.shape[1], rows)
+        self.block.draw(shape, device, self.generator)
+        return lambda tokens, rows: self.block.first(tokens.shape[1], rows)
 
 
 class LookAhead:
@@ -108,8 +119,8 @@ class LookAhead:
     each, the first ranks are kept until the shortest row has passed it, and the generator's state before it for
     good: a wider nucleus has its block drawn again.
 
-    Memory: `LOOK_AHEAD_BYTES` (or `LEAST_RANKS` ranks) at any raggedness, plus one generator state a step (5 KB on
-    CPU, 16 bytes on CUDA).
+    Memory: `LOOK_AHEAD_BYTES` (or `LEAST_RANKS` ranks) at any raggedness, one block, and one generator state a step
+    (5 KB on CPU, 16 bytes on CUDA).
     """
 
     by_rank = True
@@ -118,6 +129,7 @@ class LookAhead:
         self.lags = [length - min(lengths) for length in lengths]
         self.first_column = first_column
         self.given = generator
+        self.block = Block()
         self.states: list[Tensor] = []  # before each block drawn so far
         self.kept: deque[Tensor] = deque()  # the last max(lags) + 1 blocks, (B, ranks) each
 
@@ -130,7 +142,8 @@ class LookAhead:
         ranks = min(shape[1], max(LEAST_RANKS, LOOK_AHEAD_BYTES // (4 * shape[0] * depth)))
         while len(self.states) < step + depth:
             self.states.append(generator.get_state())
-            self.kept.append(Block(shape, device, generator).first(ranks).clone())
+            self.block.draw(shape, device, generator)
+            self.kept.append(self.block.first(ranks).clone())
         while len(self.kept) > depth:
             self.kept.popleft()
         mine = torch.stack([self.kept[lag][row] for row, lag in enumerate(self.lags)])  # (B, ranks)
@@ -157,9 +170,9 @@ class LookAhead:
         drawn: dict[int, Tensor] = {}
         for lag in sorted({self.lags[row] for row in rows}):
             generator.set_state(self.states[step + lag])
+            self.block.draw(shape, device, generator)
             mine = sorted({row for row in rows if self.lags[row] == lag})
-            values = Block(shape, device, generator).first(ranks, torch.tensor(mine, device=device))
-            drawn.update(zip(mine, values.clone(), strict=True))
+            drawn.update(zip(mine, self.block.first(ranks, torch.tensor(mine, device=device)), strict=True))
         generator.set_state(now)
         return torch.stack([drawn[row] for row in rows])
 
@@ -168,7 +181,7 @@ class LookAhead:
         generator = self._generator(device)
         for _ in range(steps - len(self.states)):
             self.states.append(generator.get_state())
-            Block(shape, device, generator)
+            self.block.draw(shape, device, generator)
         if steps < len(self.states):
             generator.set_state(self.states[steps])
 

@@ -5,7 +5,7 @@
 MODEL is a GGUF file, a transformers folder or a Hub id. It is loaded once, in float32, and each run's processes
 are forked from there, so that only the runs are timed: reading, answering, syncing and merging. The machine should be
 quiet: the first line prints what two busy processes reach that share nothing, which is the most that a run can. Where
-it is not quiet, the ratio by processor time tells what the dealing of batches costs, though not what the memory bus does.
+it is not quiet, the ratio by processor time tells how evenly the work is dealt, though not what the memory bus does.
 """
 
 import argparse

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import TEMPERATURE, TOP_P
+from . import __version__
 from .arguments import one_of, vocab_size_of, whole
 from .dialog import UNSAFE_ERROR, is_unsafe
 from .llama import Llama
@@ -644,7 +645,7 @@ class Asker:
             tokens = made.tokens[row][start:]
             record = {
                 "id": question.id,
-                "generation": self.llama.tokenizer.decode(tokens),
+                "generation": self.llama.text_of(tokens),
                 "tokens": tokens,
                 "finish_reason": made.finish_reason[row],
                 "seed": question.seed,
@@ -669,8 +670,6 @@ def _seed(value: Any) -> int:
 
 def _identity(llama: Llama) -> dict[str, Any]:
     """What tells this model, tokenizer and package from others, wherever they were loaded from."""
-    from . import __version__
-
     model, tokenizer = llama.model, llama.tokenizer
     config = {
         name: value

@@ -308,7 +308,8 @@ def test_look_ahead_keeps_little_at_any_raggedness(monkeypatch, longest, rows):
     """
     vocab, depth = 128_256, longest - 16 + 1
     block = torch.zeros(rows, vocab)
-    monkeypatch.setattr(streams, "exponential", lambda shape, device, generator: block)
+    monkeypatch.setattr(streams.Block, "draw", lambda self, shape, device, generator: None)
+    monkeypatch.setattr(streams.Block, "first", lambda self, ranks, rows=None: block[:, :ranks])
     lengths = [16 + (longest - 16) * row // (rows - 1) for row in range(rows)]
     stream = LookAhead(lengths, longest, torch.Generator())
     for column in range(longest, longest + 3):
@@ -319,6 +320,28 @@ def test_look_ahead_keeps_little_at_any_raggedness(monkeypatch, longest, rows):
     assert held(stream) <= max(LOOK_AHEAD_BYTES, 4 * LEAST_RANKS * rows * depth) * (depth + 1) / depth
     assert all(kept.shape[1] >= min(vocab, LEAST_RANKS) for kept in stream.kept)
     assert len(stream.states) == depth + 2  # one state a step, 5 KB each
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [((3, 128_256), 128_256), ((8, 32_000), 256), ((1, 2), 1), ((5, 77), 40)])
+def test_a_block_is_what_exponential_draws(shape, ranks):
+    """Bit for bit, for all rows and for some, with the same state left behind, however few values are computed."""
+    one, other, block = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9), streams.Block()
+    for _ in range(3):
+        block.draw(shape, CPU, one)
+        whole = exponential(shape, CPU, other)
+        assert torch.equal(block.first(ranks), whole[:, :ranks])
+        some = torch.tensor([shape[0] - 1, 0])
+        assert torch.equal(block.first(ranks, some), whole[some, :ranks])
+        assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_a_build_that_draws_otherwise_is_noticed(monkeypatch):
+    """Where a word does not make a value as here, values are drawn as torch draws them."""
+    monkeypatch.setattr(streams, "_a_word_makes_a_value", lambda: False)
+    block = streams.Block()
+    block.draw((2, 50), CPU, torch.Generator().manual_seed(3))
+    assert not block.words
+    assert torch.equal(block.first(50), exponential((2, 50), CPU, torch.Generator().manual_seed(3)))
 
 
 def test_look_ahead_holds_no_whole_block_behind_its_ranks():

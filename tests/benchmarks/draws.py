@@ -1,6 +1,6 @@
 """A draw alone: logits in, one token per row out. No model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -9,7 +9,7 @@ from hf_llama_sampling.noise import MetaStream, PromptStreams
 from hf_llama_sampling.reference import reference_sample_top_p
 from hf_llama_sampling.warpers import sample
 
-from .measure import Effort, Line, line, paired
+from .measure import Effort, Line, in_turn, line
 
 TEMPERATURE, TOP_P = 0.6, 0.9
 CASES = [(vocab, batch) for vocab in (32_000, 128_256) for batch in (1, 8)]
@@ -57,8 +57,9 @@ def one_stream_per_prompt(effort: Effort, deviation: float, at_most: float) -> I
     """A draw with a seed per row against transformers'."""
     for vocab, batch in CASES:
         draws = Draws(vocab, batch, deviation)
-        ratios = paired(draws.one_stream_per_prompt, draws.transformers, effort)
-        yield line(_what("one stream per prompt", vocab, batch, deviation), "transformers' warpers", at_most, ratios)
+        times = in_turn([draws.one_stream_per_prompt, draws.transformers], effort)
+        what = _what("one stream per prompt", vocab, batch, deviation)
+        yield line(what, "transformers' warpers and multinomial", at_most, *times)
 
 
 def metas_stream(effort: Effort, deviation: float, at_most: float) -> Iterator[Line]:
@@ -66,11 +67,12 @@ def metas_stream(effort: Effort, deviation: float, at_most: float) -> Iterator[L
     for vocab, batch in CASES:
         draws = Draws(vocab, batch, deviation)
         assert _tokens(draws, draws.metas_stream) == _tokens(draws, draws.reference), "not bit-identical"
-        ratios = paired(draws.metas_stream, draws.reference, effort)
-        yield line(_what("Meta's stream", vocab, batch, deviation), "the reference's function", at_most, ratios)
+        times = in_turn([draws.metas_stream, draws.reference], effort)
+        what = _what("Meta's stream", vocab, batch, deviation)
+        yield line(what, "the reference's softmax and function", at_most, *times)
 
 
-def _tokens(draws: Draws, draw) -> list[int]:
+def _tokens(draws: Draws, draw: Callable[[], torch.Tensor]) -> list[int]:
     torch.manual_seed(0)
     draws.column = 0
     return torch.cat([draw().flatten() for _ in range(2 * COPIES)]).tolist()

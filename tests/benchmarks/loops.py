@@ -1,6 +1,7 @@
 """Whole runs with a model: this package's `generate` against a bare loop, transformers' recipe and the reference."""
 
 import copy
+import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from hf_llama_sampling import with_llama_generation
 from hf_llama_sampling.reference import reference_generate
 from hf_llama_sampling.schedules import left_padded
 
-from .measure import Effort, Line, line, paired, seconds
+from .measure import LEAST_PAIRS, Effort, Line, in_turn, line, seconds
 
 TEMPERATURE, TOP_P = 0.6, 0.9
 
@@ -84,39 +85,27 @@ def ours_with_logprobs(models: Models, prompts: list[list[int]], steps: int, **o
     return output
 
 
-STREAMS: dict[str, dict[str, Any]] = {"Meta's stream": {}, "one stream per prompt": {"seeds": 0}}
-
-
-def against_a_bare_loop(models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]) -> Iterator[Line]:
-    """Sampling with logprobs and echo against forward + argmax."""
+def with_logprobs_and_echo(
+    models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]
+) -> Iterator[Line]:
+    """Sampling with logprobs and echo against forward + argmax, and against transformers' recipe."""
     for batch, length in cases:
         prompts = models.prompts([length] * batch)
         ids = torch.tensor(prompts)
-        for stream, options in STREAMS.items():
+        runs = [
+            lambda prompts=prompts: ours_with_logprobs(models, prompts, steps),
+            lambda prompts=prompts: ours_with_logprobs(models, prompts, steps, seeds=0),
+            lambda ids=ids: bare_loop(models.theirs, ids, steps),
+            lambda ids=ids: bare_loop(models.theirs, ids, steps, last_only=True),
+            lambda ids=ids: transformers_recipe(models.theirs, ids, steps),
+        ]
+        *ours, bare, bare_last_only, recipe = in_turn(runs, effort)
+        for stream, times in zip(("Meta's stream", "one stream per prompt"), ours, strict=True):
             what = f"{steps} tokens with logprobs and echo, {stream}, B = {batch}, prompts of {length}"
-            for against, last_only in (("a bare loop", False), ("a bare loop, no logits of the prompt", True)):
-                ratios = paired(
-                    lambda prompts=prompts, options=options: ours_with_logprobs(models, prompts, steps, **options),
-                    lambda ids=ids, last_only=last_only: bare_loop(models.theirs, ids, steps, last_only=last_only),
-                    effort,
-                )
-                yield line(what, against, None if last_only else 1.08, ratios)
-
-
-def against_transformers(models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]) -> Iterator[Line]:
-    """The same against transformers' recipe."""
-    for batch, length in cases:
-        prompts = models.prompts([length] * batch)
-        ids = torch.tensor(prompts)
-        for stream, options in STREAMS.items():
-            ratios = paired(
-                lambda prompts=prompts, options=options: ours_with_logprobs(models, prompts, steps, **options),
-                lambda ids=ids: transformers_recipe(models.theirs, ids, steps),
-                effort,
-            )
-            what = f"{steps} tokens with logprobs and echo, {stream}, B = {batch}, prompts of {length}"
+            yield line(what, "a bare loop of forward + argmax", 1.08, times, bare)
+            yield line(what, "the same, spared the logits of the prompt", None, times, bare_last_only)
             target = 0.6 if (batch, length) == (8, 256) else None
-            yield line(what, "transformers: `output_logits` and a forward", target, ratios)
+            yield line(what, "transformers: `output_logits` and a forward", target, times, recipe)
 
 
 def ragged_lengths(shortest: int, longest: int, rows: int = 8) -> list[int]:
@@ -132,23 +121,23 @@ def ragged_against_transformers(
     prompts = models.prompts(ragged_lengths(shortest, longest))
     ids, mask = left_padded(prompts)
 
-    def theirs() -> None:
-        models.theirs.generate(ids, attention_mask=mask, max_new_tokens=steps)
-
-    for extra, options in (
-        ("no logprobs", {}),
-        ("logprobs", {"logprobs": True}),
-        ("logprobs and echo", {"logprobs": True, "echo": True}),
-    ):
-        ratios = paired(
-            lambda options=options: models.ours.generate(
-                prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, seeds=0, **options
-            ),
-            theirs,
-            effort,
+    def ours(**options: Any) -> Any:
+        return models.ours.generate(
+            prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, seeds=0, **options
         )
-        what = f"ragged batch of 8, {shortest} to {longest}, {steps} new, one stream per prompt, {extra}"
-        yield line(what, "transformers, left-padded, no logprobs", None if "echo" in options else 1.0, ratios)
+
+    runs = [
+        ours,
+        lambda: ours(logprobs=True),
+        lambda: ours(logprobs=True, echo=True),
+        lambda: models.theirs.generate(ids, attention_mask=mask, max_new_tokens=steps),
+    ]
+    plain, logprobs, echo, theirs = in_turn(runs, effort)
+    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new tokens, one stream per prompt"
+    against = "transformers, left-padded, no logprobs"
+    yield line(what, against, 1.0, plain, theirs)
+    yield line(f"{what}, logprobs", against, 1.0, logprobs, theirs)
+    yield line(f"{what}, logprobs and echo", against, None, echo, theirs)
 
 
 def ragged_against_the_reference(
@@ -165,12 +154,10 @@ def ragged_against_the_reference(
             models.theirs, prompts, max_gen_len=steps, max_seq_len=longest + steps, eos_ids=[], top_p=TOP_P
         )
 
-    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new, Meta's stream"
-    for against, theirs in (
-        ("the reference's schedule, run here", lambda: ours("dense")),
-        ("the reference's loop", reference),
-    ):
-        yield line(what, against, 0.25, paired(lambda: ours("auto"), theirs, effort))
+    padded, dense, loop = in_turn([lambda: ours("auto"), lambda: ours("dense"), reference], effort)
+    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new tokens, Meta's stream"
+    yield line(what, 'the reference\'s schedule at its best: `schedule="dense"`', 0.25, padded, dense)
+    yield line(what, "the reference's loop", None, padded, loop)
 
 
 def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, int], steps: int) -> Iterator[Line]:
@@ -199,27 +186,27 @@ def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, i
         short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache)) for ids, cache in runs)
         return long / short
 
-    ratios = []
-    for pair in range(max(3, effort.pairs)):
-        if pair % 2:
-            mine, other = growth(ours), growth(bare)
-        else:
-            other, mine = growth(bare), growth(ours)
-        ratios.append(mine / other)
+    growths: list[tuple[float, float]] = []
+    for turn in range(max(LEAST_PAIRS, effort.pairs)):
+        mine, other = [growth(run) for run in ((ours, bare) if turn % 2 else (bare, ours))][:: 1 if turn % 2 else -1]
+        growths.append((mine, other))
     what = f"time per new token at length {lengths[1]:,} against length {lengths[0]:,}"
-    yield line(what, "the bare loop's own ratio", 1.02, ratios)
+    measured = line(what, "the bare loop's own ratio", 1.02, *zip(*growths, strict=True))
+    mine, other = (statistics.median(column) for column in zip(*growths, strict=True))
+    yield measured._replace(note=f"{mine:.3f} against {other:.3f}, {len(growths)} pairs")
 
 
 def scoring(models: Models, effort: Effort, *, cases: list[tuple[int, int]]) -> Iterator[Line]:
     """`score_tokens` against a plain forward with log_softmax over all of it."""
     for batch, length in cases:
         prompts = models.prompts([length] * batch)
-        ratios = paired(
+        runs = [
             lambda prompts=prompts: models.ours.score_tokens(prompts),
             lambda prompts=prompts: plain_scores(models.theirs, prompts),
-            effort,
+        ]
+        yield line(
+            f"score_tokens, B = {batch}, {length} tokens", "a forward and log_softmax", None, *in_turn(runs, effort)
         )
-        yield line(f"score_tokens, B = {batch}, {length} tokens", "a forward and log_softmax", None, ratios)
 
 
 @torch.no_grad()

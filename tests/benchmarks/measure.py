@@ -1,7 +1,7 @@
-"""Two ways of doing the same work, measured in turn in one process, as ratios.
+"""Ways of doing the same work, measured in turn in one process, as ratios.
 
-A shared machine drifts by more than most differences worth knowing. A pair is measured within moments, and its ratio
-keeps what the drift does to both; the median of many such ratios is what a row reports, with their quartiles.
+A shared machine drifts by more than most differences worth knowing. What is measured within moments shares the drift,
+so a ratio keeps little of it; the median of many ratios is what a line reports, with their quartiles.
 """
 
 import gc
@@ -15,16 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK_SECONDS = 0.02  # quick functions are repeated until one measurement takes so long
+LEAST_PAIRS = 3
 
 
 class Effort(NamedTuple):
-    """How long one comparison may take: so many pairs, or so many seconds, but never fewer than `LEAST` pairs."""
+    """How long one comparison may take: so many pairs, or so many seconds, but never fewer than `LEAST_PAIRS`."""
 
     pairs: int
     seconds: float
-
-
-LEAST = 3
 
 
 class Line(NamedTuple):
@@ -39,19 +37,18 @@ class Line(NamedTuple):
     note: str = ""
 
 
-def paired(ours: Callable[[], Any], theirs: Callable[[], Any], effort: Effort) -> list[float]:
-    """Ratios of times, ours over theirs. Which comes first changes from pair to pair."""
-    calls = [max(1, round(BLOCK_SECONDS / max(seconds(run, 1), 1e-6))) for run in (ours, theirs)]
-    began, ratios = time.perf_counter(), []
-    for pair in range(effort.pairs):
-        if pair >= LEAST and time.perf_counter() - began > effort.seconds:
+def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[float]]:
+    """Seconds per call of each run, round after round. Each round starts with another run."""
+    calls = [max(1, round(BLOCK_SECONDS / max(seconds(run), 1e-6))) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    began = time.perf_counter()
+    for turn in range(effort.pairs):
+        if turn >= LEAST_PAIRS and time.perf_counter() - began > effort.seconds:
             break
-        if pair % 2:
-            mine, other = seconds(ours, calls[0]), seconds(theirs, calls[1])
-        else:
-            other, mine = seconds(theirs, calls[1]), seconds(ours, calls[0])
-        ratios.append(mine / other)
-    return ratios
+        for place in range(len(runs)):
+            which = (place + turn) % len(runs)
+            times[which].append(seconds(runs[which], calls[which]))
+    return times
 
 
 def seconds(run: Callable[[], Any], calls: int = 1) -> float:
@@ -62,31 +59,36 @@ def seconds(run: Callable[[], Any], calls: int = 1) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def line(what: str, against: str, at_most: float | None, ratios: Sequence[float], note: str = "") -> Line:
-    """Ratios as a line of the table."""
+def line(what: str, against: str, at_most: float | None, ours: Sequence[float], theirs: Sequence[float]) -> Line:
+    """Times measured in turn as a line of the table."""
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Line(what, against, at_most, statistics.median(ratios), low, high, note or f"{len(ratios)} pairs")
+    note = f"{_readable(statistics.median(ours))} against {_readable(statistics.median(theirs))}, {len(ratios)} pairs"
+    return Line(what, against, at_most, statistics.median(ratios), low, high, note)
+
+
+def _readable(duration: float) -> str:
+    return f"{duration:.2f} s" if duration >= 1 else f"{duration * 1e3:.3g} ms"
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most memory that tensors made by `run` held at once, as torch's CPU allocator was asked for it.
 
-    Unlike the process' peak it does not depend on what the allocator had kept from before, nor on page sizes.
+    Unlike the process' own peak it depends neither on what the allocator kept from before nor on the size of pages.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
-    events = profiler.profiler.kineto_results.events()  # in order of time once sorted
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    events = profiler.profiler.kineto_results.events()
     now = peak = 0
-    for _, change in changes:
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         now += change
         peak = max(peak, now)
     return peak
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations, and among them those that make the host wait for the device."""
+    """Counts operations, and collects those that would make the host wait for a device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount")
 
@@ -98,14 +100,11 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         self.operations += 1
-        # A value made on the host and a boolean index wait as well: the one for its copy, the other for its size.
-        indexed = name.startswith("index") and any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in _flat(args[1:])
+        # Values made on the host are copied and waited for; a boolean index is counted first.
+        boolean = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if len(args) > 1 else ())
         )
-        if name in self.NAMES or name == "lift_fresh" or indexed:
+        if name in self.NAMES or name == "lift_fresh" or boolean:
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
-
-
-def _flat(values: Any) -> list[Any]:
-    return [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]

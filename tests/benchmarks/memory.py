@@ -1,0 +1,129 @@
+"""What is held and what is waited for: counts that do not depend on the machine's mood."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+
+from hf_llama_sampling import noise, nucleus
+from hf_llama_sampling.noise import LookAhead
+from hf_llama_sampling.schedules import left_padded
+
+from .loops import TEMPERATURE, TOP_P, Models, ours_with_logprobs, plain_scores, ragged_lengths, transformers_recipe
+from .measure import Line, Waits, peak_bytes
+
+VOCAB = 49_152  # of the 135M model
+
+
+def wide_models(positions: int) -> Models:
+    """A body of one tiny layer under a real vocabulary: logits and logprobs take the memory they would anywhere."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    return Models.of(model, torch.randint(VOCAB, (4 * positions,)).tolist())
+
+
+def logprobs_and_echo(models: Models, *, batch: int, prompt: int, new: int) -> Iterator[Line]:
+    """Extra peak for logprobs and echo against transformers' recipe, each over its own plain sampling."""
+    ours = extra_of_ours(models, batch=batch, prompt=prompt, new=new)
+    ids = torch.tensor(models.prompts([prompt] * batch))
+    theirs = peak_bytes(lambda: transformers_recipe(models.theirs, ids, new)) - peak_bytes(
+        lambda: models.theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
+    )
+    what = f"extra peak memory for logprobs and echo, B = {batch}, {prompt} + {new} tokens, V = {VOCAB:,}"
+    yield Line(what, "transformers' recipe", 0.1, ours / theirs, note=f"{_mib(ours)} against {_mib(theirs)}")
+
+
+def four_times_the_length(models: Models, *, batch: int, prompt: int, new: int) -> Iterator[Line]:
+    """The same at four times the length: linear in tokens is at most four times as much."""
+    once = extra_of_ours(models, batch=batch, prompt=prompt, new=new)
+    fourfold = extra_of_ours(models, batch=batch, prompt=4 * prompt, new=4 * new)
+    what = f"the same at four times the length, {4 * prompt} + {4 * new} tokens"
+    yield Line(what, f"{prompt} + {new} tokens", 4.0, fourfold / once, note=f"{_mib(fourfold)} against {_mib(once)}")
+
+
+def extra_of_ours(models: Models, *, batch: int, prompt: int, new: int) -> int:
+    """Bytes that logprobs and echo add to this package's peak."""
+    prompts = models.prompts([prompt] * batch)
+
+    def plain() -> Any:
+        return models.ours.generate(prompts, max_gen_len=new, temperature=TEMPERATURE, top_p=TOP_P)
+
+    return peak_bytes(lambda: ours_with_logprobs(models, prompts, new)) - peak_bytes(plain)
+
+
+def scoring(models: Models, *, batch: int, length: int) -> Iterator[Line]:
+    """`score_tokens` against a plain forward with log_softmax over all of it."""
+    prompts = models.prompts([length] * batch)
+    ours = peak_bytes(lambda: models.ours.score_tokens(prompts))
+    theirs = peak_bytes(lambda: plain_scores(models.theirs, prompts))
+    what = f"score_tokens, peak memory, B = {batch}, {length} tokens, V = {VOCAB:,}"
+    yield Line(what, "a forward and log_softmax", None, ours / theirs, note=f"{_mib(ours)} against {_mib(theirs)}")
+
+
+def look_ahead(longests: list[int], *, batch: int = 8, shortest: int = 16, vocab: int = 128_256) -> Iterator[Line]:
+    """What the padded schedule holds of Meta's stream, against keeping whole what it drew ahead."""
+    for longest in longests:
+        lengths = ragged_lengths(shortest, longest, batch)
+
+        def draw(lengths: list[int] = lengths, longest: int = longest) -> None:
+            stream = LookAhead(lengths, longest, torch.Generator().manual_seed(0))
+            for column in range(longest, longest + 3):
+                stream.step((batch, vocab), torch.device("cpu"), column)
+
+        held, whole = peak_bytes(draw), 4 * batch * vocab * (longest - shortest + 1)
+        what = f"the look-ahead's memory, B = {batch}, lengths {shortest} to {longest:,}, V = {vocab:,}"
+        note = f"{_mib(held)} against {_mib(whole)}"
+        yield Line(what, "whole blocks of draws", None, held / whole, note=note)
+
+
+def device_waits(models: Models) -> Iterator[Line]:
+    """Operations per decode step that would wait for a device, on the path that a device takes.
+
+    With padding, transformers asks its mask in each step as well, under this package as under its own `generate`.
+    """
+    for layout, lengths in (("one length", [16, 16]), ("ragged, padded", [16, 9])):
+        prompts = models.prompts(lengths)
+        ids, mask = left_padded(prompts)
+
+        def theirs(new: int, ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> None:
+            models.theirs.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+
+        own_waits, own_operations = _per_step(theirs)
+        for stream, options in (("Meta's stream", {}), ("one stream per prompt", {"seeds": 0})):
+
+            def ours(new: int, prompts: list[list[int]] = prompts, options: dict[str, Any] = options) -> None:
+                models.ours.generate(prompts, max_gen_len=new, logprobs=True, **options)
+
+            waits, operations = _per_step(ours)
+            what = f"waits for the device per decode step, {layout}, {stream}"
+            more = f"{own_waits:g} of them transformers', {operations - own_operations:.0f} operations more than greedy"
+            yield Line(what, "-", 1.0, waits, note=more)
+
+
+def _per_step(run: Callable[[int], None]) -> tuple[float, float]:
+    """Waits and operations per step of a run of so many steps, as where neither NumPy nor a look at a value will do."""
+    counts = []
+    for new in (4, 20):
+        with (
+            mock.patch.object(nucleus, "_may_look", lambda probs: False),
+            mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
+            Waits() as counted,
+        ):
+            run(new)
+        counts.append((len(counted.waits), counted.operations))
+    (few_waits, few), (many_waits, many) = counts
+    return (many_waits - few_waits) / 16, (many - few) / 16
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -63,11 +63,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="most pairs per line (default 21, quick 5)")
     parser.add_argument("--model", type=Path, help="a GGUF file or a transformers folder instead of SmolLM2-135M")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="compare processor time, for a busy machine; takes one thread"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against length and vocabulary instead")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    threads = arguments.threads or torch.get_num_threads()
+    threads = 1 if arguments.cpu_time else arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
     @functools.cache
@@ -76,7 +79,11 @@ def main() -> None:
         torch.set_num_threads(threads)  # tests/conftest.py sets its own
         return loaded
 
-    effort = Effort(arguments.pairs or (5 if arguments.quick else 21), seconds=2 if arguments.quick else 60)
+    effort = Effort(
+        pairs=arguments.pairs or (5 if arguments.quick else 21),
+        seconds=2 if arguments.quick else 60,
+        clock=time.process_time if arguments.cpu_time else time.perf_counter,
+    )
     if arguments.plot:
         from .plot import plot
 

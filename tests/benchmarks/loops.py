@@ -183,7 +183,7 @@ def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, i
         bare_loop(models.theirs, ids[:, -1:], steps, cache=cropped(ids, cache))
 
     def growth(run: Any) -> float:
-        short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache)) for ids, cache in runs)
+        short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache), effort.clock) for ids, cache in runs)
         return long / short
 
     growths: list[tuple[float, float]] = []

@@ -23,6 +23,7 @@ class Effort(NamedTuple):
 
     pairs: int
     seconds: float
+    clock: Callable[[], float] = time.perf_counter
 
 
 class Line(NamedTuple):
@@ -39,7 +40,7 @@ class Line(NamedTuple):
 
 def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[float]]:
     """Seconds per call of each run, round after round. Each round starts with another run."""
-    calls = [max(1, round(BLOCK_SECONDS / max(seconds(run), 1e-6))) for run in runs]
+    calls = [max(1, round(BLOCK_SECONDS / max(seconds(run, effort.clock), 1e-6))) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for turn in range(effort.pairs):
@@ -47,16 +48,16 @@ def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[floa
             break
         for place in range(len(runs)):
             which = (place + turn) % len(runs)
-            times[which].append(seconds(runs[which], calls[which]))
+            times[which].append(seconds(runs[which], effort.clock, calls[which]))
     return times
 
 
-def seconds(run: Callable[[], Any], calls: int = 1) -> float:
+def seconds(run: Callable[[], Any], clock: Callable[[], float], calls: int = 1) -> float:
     """Seconds per call."""
-    began = time.perf_counter()
+    began = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - began) / calls
+    return (clock() - began) / calls
 
 
 def line(what: str, against: str, at_most: float | None, ours: Sequence[float], theirs: Sequence[float]) -> Line:

@@ -263,14 +263,15 @@ def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
         "answer the records of a JSONL file, on one process or many",
         "Each line holds a prompt (text), prompt_tokens (ids) or messages (a dialog), and may hold an id, temperature, "
         "top_p, max_gen_len and seed of its own. A run that was stopped is taken up by the same command. For several "
-        "processes: accelerate launch --num_processes N -m hf_llama_sampling batch IN.jsonl OUT.jsonl ... Status 1 if "
-        "some records could not be answered, 2 if the run was refused.",
+        "processes: accelerate launch --multi_gpu --num_processes N -m hf_llama_sampling batch IN.jsonl OUT.jsonl ... "
+        "(--multi_gpu on CPU too). Quirks of the reference are mended. Status 1 if some records could not be answered, "
+        "2 if the run was refused.",
     )
     if with_batch:
         from .batch import add_arguments
 
         add_arguments(sub)
-        _model_options(sub)
+        _model_options(sub, compat=False)
         _sampling_options(sub)
 
     sub = _command(
@@ -295,7 +296,7 @@ def _command(commands: Any, name: str, run: Any, what: str, more: str = "") -> a
     return sub
 
 
-def _model_options(sub: argparse.ArgumentParser) -> None:
+def _model_options(sub: argparse.ArgumentParser, *, compat: bool = True) -> None:
     group = sub.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -313,6 +314,9 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device-map", metavar="WHERE", help='"auto", "cpu", "cuda:0", ... (default: the first GPU, else CPU)'
     )
+    if not compat:
+        sub.set_defaults(compat="fixed")
+        return
     group.add_argument(
         "--compat", choices=["meta", "fixed"], default="meta", help="keep or mend the reference's quirks"
     )

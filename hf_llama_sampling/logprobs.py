@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # For the float32 logits of one chunk and what is made from them; see `columns_per_chunk`.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 128 << 20
 
 
 class TokenScores(NamedTuple):

@@ -2,7 +2,7 @@
 
 import copy
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -160,30 +160,46 @@ def ragged_against_the_reference(
     yield line(what, "the reference's loop", None, padded, loop)
 
 
-def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, int], steps: int) -> Iterator[Line]:
-    """How much dearer a token is after a long text than after a short one, relative to the bare loop's own ratio."""
-    runs = []
-    for length in lengths:
-        ids = torch.tensor(models.prompts([length]))
-        with torch.no_grad():
-            cache = models.theirs(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        runs.append((ids, cache))
+def cached(models: Models, length: int) -> tuple[torch.Tensor, Callable[[], Any]]:
+    """A prompt (1, length), and the cache of all of it but the last token, as good as new at each call."""
+    ids = torch.tensor(models.prompts([length]))
+    with torch.no_grad():
+        cache = models.theirs(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
-    def cropped(ids: torch.Tensor, cache: Any) -> Any:
-        cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
+    def again() -> Any:
+        if extra := cache.get_seq_length() - (length - 1):
+            cache.crop(-extra)  # a negative number is how many to remove
         return cache
 
-    def ours(ids: torch.Tensor, cache: Any) -> None:
-        models.ours.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cropped(ids, cache), max_gen_len=steps,
-            logprobs=True, seeds=0,
-        )  # fmt: skip
+    return ids, again
 
-    def bare(ids: torch.Tensor, cache: Any) -> None:
-        bare_loop(models.theirs, ids[:, -1:], steps, cache=cropped(ids, cache))
+
+def continued(models: Models, ids: torch.Tensor, cache: Callable[[], Any], steps: int) -> Any:
+    """Sampling with logprobs after a cached prompt."""
+    return models.ours.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache(),
+        max_gen_len=steps,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        logprobs=True,
+        seeds=0,
+    )
+
+
+def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, int], steps: int) -> Iterator[Line]:
+    """How much dearer a token is after a long text than after a short one, relative to the bare loop's own ratio."""
+    prompts = [cached(models, length) for length in lengths]
+
+    def ours(ids: torch.Tensor, cache: Callable[[], Any]) -> None:
+        continued(models, ids, cache, steps)
+
+    def bare(ids: torch.Tensor, cache: Callable[[], Any]) -> None:
+        bare_loop(models.theirs, ids[:, -1:], steps, cache=cache())
 
     def growth(run: Any) -> float:
-        short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache), effort.clock) for ids, cache in runs)
+        short, long = (seconds(lambda ids=ids, cache=cache: run(ids, cache), effort.clock) for ids, cache in prompts)
         return long / short
 
     growths: list[tuple[float, float]] = []

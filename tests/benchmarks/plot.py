@@ -1,51 +1,64 @@
-"""Cost against vocabulary and against length, as one picture."""
+"""Cost against length and against vocabulary, as a picture. The only module that needs matplotlib."""
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-import torch
+
+matplotlib.use("Agg")  # no display
+import matplotlib.pyplot as plt
 
 from .draws import FLAT, PEAKED, Draws
-from .loops import Models, bare_loop
+from .loops import Models, bare_loop, cached, continued
 from .measure import Effort, in_turn
-
-matplotlib.use("Agg")  # no screen is needed
-from matplotlib import pyplot  # after the choice above
 
 
 def plot(file: Path, models: Models, effort: Effort, *, quick: bool) -> None:
-    """Draw both panels into `file`: milliseconds per draw over V, milliseconds per new token over the text's length."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    vocabularies = [1_000, 8_000, 32_000, 128_256] if quick else [1_000, 4_000, 16_000, 32_000, 64_000, 128_256]
-    for deviation, style in ((PEAKED, "-"), (FLAT, "--")):
-        columns = []
-        for vocab in vocabularies:
-            draws = Draws(vocab, 1, deviation)
-            ways = [draws.one_stream_per_prompt, draws.metas_stream, draws.transformers, draws.reference]
-            columns.append([1000 * statistics.median(times) for times in in_turn(ways, effort)])
-        kind = "peaked" if deviation == PEAKED else "flat"
-        for number, name in enumerate(("one stream per prompt", "Meta's stream", "transformers", "the reference")):
-            costs = [column[number] for column in columns]
-            left.plot(vocabularies, costs, style, color=f"C{number}", marker="o", label=f"{name}, {kind}")
-    left.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="ms per draw", title="A draw, B = 1")
-    left.legend(fontsize=7)
+    """Two panels: milliseconds per token by length, and per draw by vocabulary."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    by_length(left, models, effort, [64, 128, 256, 512] if quick else [64, 128, 256, 512, 1024, 2048])
+    by_vocabulary(right, effort, [2_000, 32_000, 128_256] if quick else [500, 2_000, 8_000, 32_000, 64_000, 128_256])
+    figure.savefig(file, dpi=150)
 
-    lengths, steps = ([64, 256] if quick else [64, 256, 512, 1024, 1536]), 8
-    ours, bare = [], []
+
+def by_length(axes: Any, models: Models, effort: Effort, lengths: list[int], *, steps: int = 8) -> None:
+    """A decode step over a cache of each length: sampling with logprobs here, and the bare loop."""
+    curves: list[list[float]] = [[], []]
     for length in lengths:
-        ids = torch.tensor(models.prompts([length]))
-        runs = [
-            lambda ids=ids: models.ours.generate(ids.tolist(), max_gen_len=steps, seeds=0, eos_token_id=[]),
-            lambda ids=ids: models.ours.generate(ids.tolist(), max_gen_len=1, seeds=0, eos_token_id=[]),
-            lambda ids=ids: bare_loop(models.theirs, ids, steps, last_only=True),
-            lambda ids=ids: bare_loop(models.theirs, ids, 1, last_only=True),
-        ]
-        whole, first, plain, plain_first = (statistics.median(times) for times in in_turn(runs, effort))
-        ours.append(1000 * (whole - first) / (steps - 1))
-        bare.append(1000 * (plain - plain_first) / (steps - 1))
-    right.plot(lengths, ours, marker="o", label="one stream per prompt")
-    right.plot(lengths, bare, marker="o", label="a bare loop of forward + argmax")
-    right.set(xlabel="length of the text", ylabel="ms per new token", title="A token, 135M weights, B = 1", ylim=0)
-    right.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+        ids, cache = cached(models, length)
+        times = in_turn(
+            [
+                lambda ids=ids, cache=cache: continued(models, ids, cache, steps),
+                lambda ids=ids, cache=cache: bare_loop(
+                    models.theirs, ids[:, -1:], steps, cache=cache(), last_only=True
+                ),
+            ],
+            effort,
+        )
+        for curve, measured in zip(curves, times, strict=True):
+            curve.append(1e3 * statistics.median(measured) / steps)
+    axes.plot(lengths, curves[0], marker="o", label="sampling with logprobs, here")
+    axes.plot(lengths, curves[1], marker="o", linestyle="--", color="gray", label="bare loop: forward + argmax")
+    axes.set(xlabel="tokens before", ylabel="ms per new token", title="Cost against length", ylim=(0, None))
+    axes.legend()
+
+
+def by_vocabulary(axes: Any, effort: Effort, sizes: list[int]) -> None:
+    """A draw of one row, here and as transformers and the reference draw, from peaked and flat logits."""
+    ways = ["one_stream_per_prompt", "metas_stream", "transformers", "reference"]
+    names = ["here, one stream per prompt", "here, Meta's stream", "transformers", "the reference"]
+    colors = ["tab:blue", "tab:orange", "gray", "black"]
+    for deviation, style in ((PEAKED, "-"), (FLAT, ":")):
+        curves: list[list[float]] = [[] for _ in ways]
+        for vocab in sizes:
+            draws = Draws(vocab, 1, deviation)
+            times = in_turn([getattr(draws, way) for way in ways], effort)
+            for curve, measured in zip(curves, times, strict=True):
+                curve.append(1e3 * statistics.median(measured))
+        for curve, name, color in zip(curves, names, colors, strict=True):
+            label = name if deviation == PEAKED else None
+            axes.plot(sizes, curve, style, marker="o", color=color, label=label)
+    axes.set(xlabel="vocabulary", ylabel="ms per draw (solid: peaked logits, dotted: flat)", title="Cost of a draw")
+    axes.set(xscale="log", yscale="log")
+    axes.legend()

@@ -6,14 +6,17 @@ logits, without temperature or nucleus (facebookresearch/llama, ``llama/generati
 it samples nothing and trims nothing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# For the float32 logits of one chunk and what is made from them; see `columns_per_chunk`.
+# For the float32 logits of one chunk and what is made from them. Each chunk reads all weights once more, so a small
+# budget costs time: with 135M weights and 8 rows, 16 MiB takes more than twice as long as 128 MiB.
 CHUNK_BYTES = 128 << 20
+_PIECES = 16  # pieces of a budget in which logits are reduced: small enough for a cache, and for what is made of them
 
 
 class TokenScores(NamedTuple):
@@ -38,14 +41,24 @@ def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
     return TokenScores(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 
+def score_in_pieces(logits: Tensor, targets: Tensor, top: int, chunk_bytes: int) -> tuple[TokenScores, Tensor]:
+    """`score`, and the logits' sums (B, T) float32, with a part of the budget for what is made on the way."""
+    batch, width, vocab_size = logits.shape
+    rows = max(1, chunk_bytes // (4 * _PIECES * vocab_size))
+    pieces = list(zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+    scores = concatenate([score(some[None], wanted[None], top) for some, wanted in pieces])
+    sums = torch.cat([some.sum(-1, dtype=torch.float32) for some, _ in pieces])
+    return TokenScores(*(column.unflatten(1, (batch, width))[0] for column in scores)), sums.view(batch, width)
+
+
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
     """How many columns fit the budget, one at least."""
-    return max(1, chunk_bytes // bytes_of(batch, vocab_size, 1))
+    return max(1, 3 * chunk_bytes // (16 * batch * vocab_size))
 
 
-def bytes_of(batch: int, vocab_size: int, columns: int) -> int:
-    """What scoring so many columns costs: 4 bytes a logit, thrice (logits, a 16-bit copy or exp, the gather)."""
-    return 12 * batch * vocab_size * columns
+def bytes_for(batch: int, vocab_size: int, columns: int) -> int:
+    """The budget that so many columns need: 4 bytes a logit, and a third as much for what is made of them."""
+    return math.ceil(16 * batch * vocab_size * columns / 3)
 
 
 @torch.no_grad()
@@ -92,12 +105,12 @@ def score_columns(
         if cache is None and end < width:
             raise ValueError(
                 f"scoring a text chunk by chunk needs a key-value cache, and {type(model).__name__} has none: raise "
-                f"chunk_bytes, here to {bytes_of(len(input_ids), vocab_size, width)}, so that one chunk holds it all"
+                f"chunk_bytes, here to {bytes_for(len(input_ids), vocab_size, width)}, so that one chunk holds it all"
             )
         logits = output.logits  # on the last device of a model that is spread over several
-        scores = score(logits, targets[:, start:end].to(logits.device), top)
+        scores, of_all = score_in_pieces(logits, targets[:, start:end].to(logits.device), top, chunk_bytes)
         parts.append(TokenScores(*(column.to(input_ids.device) for column in scores)))
-        sums.append(logits.sum(-1, dtype=torch.float32).to(input_ids.device))
+        sums.append(of_all.to(input_ids.device))
         del output, logits
     real = attention_mask if real is None else real
     # The sum of a row's logits is finite only if every one of them is.

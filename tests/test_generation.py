@@ -1280,6 +1280,7 @@ def as_on_another_device(monkeypatch):
 
     monkeypatch.setattr(nucleus, "_may_look", lambda probs: False)
     monkeypatch.setattr(noise, "_words_in_numpy", by_torch)
+    monkeypatch.setattr(noise, "_a_word_makes_a_value", lambda: False)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -1,6 +1,7 @@
 """A draw alone: logits in, one token per row out. No model."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -12,7 +13,7 @@ from hf_llama_sampling.warpers import sample
 from .measure import Effort, Line, in_turn, line
 
 TEMPERATURE, TOP_P = 0.6, 0.9
-CASES = [(vocab, batch) for vocab in (32_000, 128_256) for batch in (1, 8)]
+BATCHES = (1, 8)
 PEAKED, FLAT = 3.0, 0.5  # standard deviations of the logits
 COPIES = 4  # logits drawn from in turn, so that none stays in the nearest cache
 
@@ -53,18 +54,20 @@ class Draws:
         return reference_sample_top_p(torch.softmax(self._next() / TEMPERATURE, dim=-1), TOP_P)
 
 
-def one_stream_per_prompt(effort: Effort, deviation: float, at_most: float) -> Iterator[Line]:
+def one_stream_per_prompt(
+    effort: Effort, vocabularies: Sequence[int], deviation: float, at_most: float
+) -> Iterator[Line]:
     """A draw with a seed per row against transformers'."""
-    for vocab, batch in CASES:
+    for vocab, batch in itertools.product(vocabularies, BATCHES):
         draws = Draws(vocab, batch, deviation)
         times = in_turn([draws.one_stream_per_prompt, draws.transformers], effort)
         what = _what("one stream per prompt", vocab, batch, deviation)
         yield line(what, "transformers' warpers and multinomial", at_most, *times)
 
 
-def metas_stream(effort: Effort, deviation: float, at_most: float) -> Iterator[Line]:
+def metas_stream(effort: Effort, vocabularies: Sequence[int], deviation: float, at_most: float) -> Iterator[Line]:
     """A draw on Meta's stream against the reference's function; the tokens must be the same."""
-    for vocab, batch in CASES:
+    for vocab, batch in itertools.product(vocabularies, BATCHES):
         draws = Draws(vocab, batch, deviation)
         assert _tokens(draws, draws.metas_stream) == _tokens(draws, draws.reference), "not bit-identical"
         times = in_turn([draws.metas_stream, draws.reference], effort)

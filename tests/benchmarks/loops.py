@@ -2,7 +2,7 @@
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,9 +86,12 @@ def ours_with_logprobs(models: Models, prompts: list[list[int]], steps: int, **o
 
 
 def with_logprobs_and_echo(
-    models: Models, effort: Effort, *, steps: int, cases: list[tuple[int, int]]
+    models: Models, effort: Effort, *, steps: int, cases: Sequence[tuple[int, int]]
 ) -> Iterator[Line]:
-    """Sampling with logprobs and echo against forward + argmax, and against transformers' recipe."""
+    """Sampling with logprobs and echo against forward + argmax, and against transformers' recipe.
+
+    The bare loop against that recipe is what no sampling on these forwards can be below.
+    """
     for batch, length in cases:
         prompts = models.prompts([length] * batch)
         ids = torch.tensor(prompts)
@@ -106,58 +109,75 @@ def with_logprobs_and_echo(
             yield line(what, "the same, spared the logits of the prompt", None, times, bare_last_only)
             target = 0.6 if (batch, length) == (8, 256) else None
             yield line(what, "transformers: `output_logits` and a forward", target, times, recipe)
+        what = f"the bare loop itself, no sampling and no logprobs, B = {batch}, prompts of {length}"
+        yield line(what, "transformers: `output_logits` and a forward", None, bare, recipe)
 
 
-def ragged_lengths(shortest: int, longest: int, rows: int = 8) -> list[int]:
-    """Evenly spread, in an order that is not theirs."""
-    spread = [shortest + (longest - shortest) * row // (rows - 1) for row in range(rows)]
-    return spread[::2] + spread[1::2]
+class Ragged(NamedTuple):
+    """A ragged batch: prompts from `shortest` to `longest` tokens, and so many new ones."""
+
+    rows: int
+    longest: int
+    new: int
+    shortest: int = 16
+
+    def __str__(self) -> str:
+        return f"ragged batch of {self.rows}, {self.shortest} to {self.longest}, {self.new} new tokens"
+
+    def lengths(self) -> list[int]:
+        """Evenly spread, in an order that is not theirs."""
+        steps = self.rows - 1
+        spread = [self.shortest + (self.longest - self.shortest) * row // steps for row in range(self.rows)]
+        return spread[::2] + spread[1::2]
 
 
-def ragged_against_transformers(
-    models: Models, effort: Effort, *, longest: int, shortest: int = 16, steps: int = 32
-) -> Iterator[Line]:
+def ragged_against_transformers(models: Models, effort: Effort, batch: Ragged) -> Iterator[Line]:
     """A ragged batch with seeds against transformers on the same batch, left-padded, which makes no logprobs."""
-    prompts = models.prompts(ragged_lengths(shortest, longest))
+    prompts = models.prompts(batch.lengths())
     ids, mask = left_padded(prompts)
 
     def ours(**options: Any) -> Any:
         return models.ours.generate(
-            prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, seeds=0, **options
+            prompts, max_gen_len=batch.new, temperature=TEMPERATURE, top_p=TOP_P, seeds=0, **options
         )
 
     runs = [
         ours,
         lambda: ours(logprobs=True),
         lambda: ours(logprobs=True, echo=True),
-        lambda: models.theirs.generate(ids, attention_mask=mask, max_new_tokens=steps),
+        lambda: models.theirs.generate(ids, attention_mask=mask, max_new_tokens=batch.new),
     ]
     plain, logprobs, echo, theirs = in_turn(runs, effort)
-    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new tokens, one stream per prompt"
+    what = f"{batch}, one stream per prompt"
     against = "transformers, left-padded, no logprobs"
     yield line(what, against, 1.0, plain, theirs)
     yield line(f"{what}, logprobs", against, 1.0, logprobs, theirs)
     yield line(f"{what}, logprobs and echo", against, None, echo, theirs)
 
 
-def ragged_against_the_reference(
-    models: Models, effort: Effort, *, longest: int, shortest: int = 16, steps: int = 32
-) -> Iterator[Line]:
+def ragged_against_the_reference(models: Models, effort: Effort, batch: Ragged) -> Iterator[Line]:
     """The same on Meta's stream against the reference's own schedule: no padding, a column at a time."""
-    prompts = models.prompts(ragged_lengths(shortest, longest))
+    prompts = models.prompts(batch.lengths())
 
     def ours(schedule: str) -> Any:
-        return models.ours.generate(prompts, max_gen_len=steps, temperature=TEMPERATURE, top_p=TOP_P, schedule=schedule)
+        return models.ours.generate(
+            prompts, max_gen_len=batch.new, temperature=TEMPERATURE, top_p=TOP_P, schedule=schedule
+        )
 
     def reference() -> Any:
         return reference_generate(
-            models.theirs, prompts, max_gen_len=steps, max_seq_len=longest + steps, eos_ids=[], top_p=TOP_P
+            models.theirs,
+            prompts,
+            max_gen_len=batch.new,
+            max_seq_len=batch.longest + batch.new,
+            eos_ids=[],
+            top_p=TOP_P,
         )
 
     padded, dense, loop = in_turn([lambda: ours("auto"), lambda: ours("dense"), reference], effort)
-    what = f"ragged batch of 8, {shortest} to {longest}, {steps} new tokens, Meta's stream"
+    what = f"{batch}, Meta's stream"
     yield line(what, 'the reference\'s schedule at its best: `schedule="dense"`', 0.25, padded, dense)
-    yield line(what, "the reference's loop", None, padded, loop)
+    yield line(what, "the reference's loop", 0.25, padded, loop)
 
 
 def cached(models: Models, length: int) -> tuple[torch.Tensor, Callable[[], Any]]:
@@ -212,7 +232,7 @@ def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, i
     yield measured._replace(note=f"{mine:.3f} against {other:.3f}, {len(growths)} pairs")
 
 
-def scoring(models: Models, effort: Effort, *, cases: list[tuple[int, int]]) -> Iterator[Line]:
+def scoring(models: Models, effort: Effort, *, cases: Sequence[tuple[int, int]]) -> Iterator[Line]:
     """`score_tokens` against a plain forward with log_softmax over all of it."""
     for batch, length in cases:
         prompts = models.prompts([length] * batch)

@@ -4,11 +4,13 @@ A shared machine drifts by more than most differences worth knowing. What is mea
 so a ratio keeps little of it; the median of many ratios is what a line reports, with their quartiles.
 """
 
+import contextlib
 import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -40,7 +42,7 @@ class Line(NamedTuple):
 
 def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[float]]:
     """Seconds per call of each run, round after round. Each round starts with another run."""
-    calls = [max(1, round(BLOCK_SECONDS / max(seconds(run, effort.clock), 1e-6))) for run in runs]
+    calls = [_calls(run) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for turn in range(effort.pairs):
@@ -50,6 +52,14 @@ def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[floa
             which = (place + turn) % len(runs)
             times[which].append(seconds(runs[which], effort.clock, calls[which]))
     return times
+
+
+def _calls(run: Callable[[], Any]) -> int:
+    """How many calls fill `BLOCK_SECONDS`, told by the second one: the first is cold."""
+    took = seconds(run, time.perf_counter)
+    if took < BLOCK_SECONDS:
+        took = seconds(run, time.perf_counter)
+    return max(1, round(BLOCK_SECONDS / took))
 
 
 def seconds(run: Callable[[], Any], clock: Callable[[], float], calls: int = 1) -> float:
@@ -92,11 +102,31 @@ class Waits(TorchDispatchMode):
     """Counts operations, and collects those that would make the host wait for a device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount")
+    UNSEEN = ("tolist", "numpy", "cpu")  # of a tensor on the CPU they dispatch nothing
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
         self.waits: list[str] = []
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "Waits":
+        for name in self.UNSEEN:
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, self._noted(name)))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patches.close()
+
+    def _noted(self, name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.waits.append(name)
+            return original(tensor, *args, **kwargs)
+
+        return method
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -1,7 +1,7 @@
 """What is held and what is waited for: counts that do not depend on the machine's mood."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -11,10 +11,18 @@ from hf_llama_sampling import noise, nucleus
 from hf_llama_sampling.noise import LookAhead
 from hf_llama_sampling.schedules import left_padded
 
-from .loops import TEMPERATURE, TOP_P, Models, ours_with_logprobs, plain_scores, ragged_lengths, transformers_recipe
+from .loops import TEMPERATURE, TOP_P, Models, Ragged, ours_with_logprobs, plain_scores, transformers_recipe
 from .measure import Line, Waits, peak_bytes
 
 VOCAB = 49_152  # of the 135M model
+
+
+class Batch(NamedTuple):
+    """Rows of one length: so many tokens of prompt, and so many new ones."""
+
+    rows: int
+    prompt: int
+    new: int
 
 
 def wide_models(positions: int) -> Models:
@@ -32,33 +40,35 @@ def wide_models(positions: int) -> Models:
     return Models.of(model, torch.randint(VOCAB, (4 * positions,)).tolist())
 
 
-def logprobs_and_echo(models: Models, *, batch: int, prompt: int, new: int) -> Iterator[Line]:
+def logprobs_and_echo(models: Models, batch: Batch) -> Iterator[Line]:
     """Extra peak for logprobs and echo against transformers' recipe, each over its own plain sampling."""
-    ours = extra_of_ours(models, batch=batch, prompt=prompt, new=new)
-    ids = torch.tensor(models.prompts([prompt] * batch))
-    theirs = peak_bytes(lambda: transformers_recipe(models.theirs, ids, new)) - peak_bytes(
-        lambda: models.theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
+    ours = extra_of_ours(models, batch)
+    ids = torch.tensor(models.prompts([batch.prompt] * batch.rows))
+    theirs = peak_bytes(lambda: transformers_recipe(models.theirs, ids, batch.new)) - peak_bytes(
+        lambda: models.theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=batch.new)
     )
-    what = f"extra peak memory for logprobs and echo, B = {batch}, {prompt} + {new} tokens, V = {VOCAB:,}"
+    shape = f"B = {batch.rows}, {batch.prompt} + {batch.new} tokens, V = {VOCAB:,}"
+    what = f"extra peak memory for logprobs and echo, {shape}"
     yield Line(what, "transformers' recipe", 0.1, ours / theirs, note=f"{_mib(ours)} against {_mib(theirs)}")
 
 
-def four_times_the_length(models: Models, *, batch: int, prompt: int, new: int) -> Iterator[Line]:
+def four_times_the_length(models: Models, batch: Batch) -> Iterator[Line]:
     """The same at four times the length: linear in tokens is at most four times as much."""
-    once = extra_of_ours(models, batch=batch, prompt=prompt, new=new)
-    fourfold = extra_of_ours(models, batch=batch, prompt=4 * prompt, new=4 * new)
-    what = f"the same at four times the length, {4 * prompt} + {4 * new} tokens"
-    yield Line(what, f"{prompt} + {new} tokens", 4.0, fourfold / once, note=f"{_mib(fourfold)} against {_mib(once)}")
+    long = batch._replace(prompt=4 * batch.prompt, new=4 * batch.new)
+    once, fourfold = extra_of_ours(models, batch), extra_of_ours(models, long)
+    what = f"the same at four times the length, {long.prompt} + {long.new} tokens"
+    note = f"{_mib(fourfold)} against {_mib(once)}"
+    yield Line(what, f"{batch.prompt} + {batch.new} tokens", 4.0, fourfold / once, note=note)
 
 
-def extra_of_ours(models: Models, *, batch: int, prompt: int, new: int) -> int:
+def extra_of_ours(models: Models, batch: Batch) -> int:
     """Bytes that logprobs and echo add to this package's peak."""
-    prompts = models.prompts([prompt] * batch)
+    prompts = models.prompts([batch.prompt] * batch.rows)
 
     def plain() -> Any:
-        return models.ours.generate(prompts, max_gen_len=new, temperature=TEMPERATURE, top_p=TOP_P)
+        return models.ours.generate(prompts, max_gen_len=batch.new, temperature=TEMPERATURE, top_p=TOP_P)
 
-    return peak_bytes(lambda: ours_with_logprobs(models, prompts, new)) - peak_bytes(plain)
+    return peak_bytes(lambda: ours_with_logprobs(models, prompts, batch.new)) - peak_bytes(plain)
 
 
 def scoring(models: Models, *, batch: int, length: int) -> Iterator[Line]:
@@ -70,18 +80,18 @@ def scoring(models: Models, *, batch: int, length: int) -> Iterator[Line]:
     yield Line(what, "a forward and log_softmax", None, ours / theirs, note=f"{_mib(ours)} against {_mib(theirs)}")
 
 
-def look_ahead(longests: list[int], *, batch: int = 8, shortest: int = 16, vocab: int = 128_256) -> Iterator[Line]:
+def look_ahead(longests: Sequence[int], *, rows: int = 8, vocab: int = 128_256) -> Iterator[Line]:
     """What the padded schedule holds of Meta's stream, against keeping whole what it drew ahead."""
     for longest in longests:
-        lengths = ragged_lengths(shortest, longest, batch)
+        batch = Ragged(rows, longest, new=3)
 
-        def draw(lengths: list[int] = lengths, longest: int = longest) -> None:
-            stream = LookAhead(lengths, longest, torch.Generator().manual_seed(0))
-            for column in range(longest, longest + 3):
-                stream.step((batch, vocab), torch.device("cpu"), column)
+        def draw(batch: Ragged = batch) -> None:
+            stream = LookAhead(batch.lengths(), batch.longest, torch.Generator().manual_seed(0))
+            for column in range(batch.longest, batch.longest + batch.new):
+                stream.step((rows, vocab), torch.device("cpu"), column)
 
-        held, whole = peak_bytes(draw), 4 * batch * vocab * (longest - shortest + 1)
-        what = f"the look-ahead's memory, B = {batch}, lengths {shortest} to {longest:,}, V = {vocab:,}"
+        held, whole = peak_bytes(draw), 4 * rows * vocab * (longest - batch.shortest + 1)
+        what = f"the look-ahead's memory, B = {rows}, lengths {batch.shortest} to {longest:,}, V = {vocab:,}"
         note = f"{_mib(held)} against {_mib(whole)}"
         yield Line(what, "whole blocks of draws", None, held / whole, note=note)
 
@@ -113,14 +123,16 @@ def device_waits(models: Models) -> Iterator[Line]:
 def _per_step(run: Callable[[int], None]) -> tuple[float, float]:
     """Waits and operations per step of a run of so many steps, as where neither NumPy nor a look at a value will do."""
     counts = []
-    for new in (4, 20):
-        with (
-            mock.patch.object(nucleus, "_may_look", lambda probs: False),
-            mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
-            Waits() as counted,
-        ):
-            run(new)
-        counts.append((len(counted.waits), counted.operations))
+    with (
+        mock.patch.object(nucleus, "_may_look", lambda probs: False),
+        mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
+        mock.patch.object(noise, "_a_word_makes_a_value", lambda: False),
+    ):
+        run(4)  # what is done once in a process
+        for new in (4, 20):
+            with Waits() as counted:
+                run(new)
+            counts.append((len(counted.waits), counted.operations))
     (few_waits, few), (many_waits, many) = counts
     return (many_waits - few_waits) / 16, (many - few) / 16
 

@@ -1,6 +1,7 @@
 """Cost against length and against vocabulary, as a picture. The only module that needs matplotlib."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from .loops import Models, bare_loop, cached, continued
 from .measure import Effort, in_turn
 
 
-def plot(file: Path, models: Models, effort: Effort, *, quick: bool) -> None:
+def plot(file: Path, models: Models, effort: Effort, *, lengths: Sequence[int], vocabularies: Sequence[int]) -> None:
     """Two panels: milliseconds per token by length, and per draw by vocabulary."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    by_length(left, models, effort, [64, 128, 256, 512] if quick else [64, 128, 256, 512, 1024, 2048])
-    by_vocabulary(right, effort, [2_000, 32_000, 128_256] if quick else [500, 2_000, 8_000, 32_000, 64_000, 128_256])
+    by_length(left, models, effort, lengths)
+    by_vocabulary(right, effort, vocabularies)
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
-def by_length(axes: Any, models: Models, effort: Effort, lengths: list[int], *, steps: int = 8) -> None:
+def by_length(axes: Any, models: Models, effort: Effort, lengths: Sequence[int], *, steps: int = 8) -> None:
     """A decode step over a cache of each length: sampling with logprobs here, and the bare loop."""
     curves: list[list[float]] = [[], []]
     for length in lengths:
@@ -44,7 +46,7 @@ def by_length(axes: Any, models: Models, effort: Effort, lengths: list[int], *, 
     axes.legend()
 
 
-def by_vocabulary(axes: Any, effort: Effort, sizes: list[int]) -> None:
+def by_vocabulary(axes: Any, effort: Effort, sizes: Sequence[int]) -> None:
     """A draw of one row, here and as transformers and the reference draw, from peaked and flat logits."""
     ways = ["one_stream_per_prompt", "metas_stream", "transformers", "reference"]
     names = ["here, one stream per prompt", "here, Meta's stream", "transformers", "the reference"]

@@ -123,6 +123,8 @@ class LlamaSampler(LogitsProcessor):
         self.seeds = None if seeds is None else seeds_as_given(seeds)
         self.pads = None if attention_mask is None else left_pads(attention_mask)
         self.stream: Stream = streams.MetaStream(generator)
+        self.made_for: tuple[Any, ...] = ()
+        self.on_device: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)  # temperature and top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V), one-hot."""
@@ -131,20 +133,22 @@ class LlamaSampler(LogitsProcessor):
                 f"LlamaSampler needs input_ids of shape (B, T), got {tuple(input_ids.shape)}: under continuous "
                 "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
             )
-        rows = len(scores)
-        made = len(self.stream.seeds) if isinstance(self.stream, streams.PromptStreams) else None
-        if self.seeds is not None and made != rows:
+        self._set_up(len(scores), scores.device)
+        draw = sample(scores.float(), *self.on_device, self.stream, input_ids.shape[1])
+        return one_hot(draw.tokens, scores)
+
+    def _set_up(self, rows: int, device: torch.device) -> None:
+        """What a batch needs beside its logits, once: a copy from the host in every step would wait for the device."""
+        asked = (rows, device, self.temperature, self.top_p)
+        if self.made_for == asked:
+            return
+        temperature = for_rows("temperature", self.temperature, rows, device)
+        self.on_device = (temperature, for_rows("top_p", self.top_p, rows, device))
+        if self.seeds is not None:
             pads = self.pads or [0] * rows
             check_count("attention_mask", len(pads), rows)
             self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
-        draw = sample(
-            scores.float(),
-            for_rows("temperature", self.temperature, len(scores), scores.device),
-            for_rows("top_p", self.top_p, len(scores), scores.device),
-            self.stream,
-            input_ids.shape[1],
-        )
-        return one_hot(draw.tokens, scores)
+        self.made_for = asked
 
 
 def sample(logits: Tensor, temperature: float | Tensor, top_p: float | Tensor, stream: Stream, column: int) -> Draw:

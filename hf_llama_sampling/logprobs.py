@@ -45,10 +45,10 @@ def score_in_pieces(logits: Tensor, targets: Tensor, top: int, chunk_bytes: int)
     """`score`, and the logits' sums (B, T) float32, with a part of the budget for what is made on the way."""
     batch, width, vocab_size = logits.shape
     rows = max(1, chunk_bytes // (4 * _PIECES * vocab_size))
-    pieces = list(zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+    pieces = list(zip(torch.split(logits.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True))
     scores = concatenate([score(some[None], wanted[None], top) for some, wanted in pieces])
     sums = torch.cat([some.sum(-1, dtype=torch.float32) for some, _ in pieces])
-    return TokenScores(*(column.unflatten(1, (batch, width))[0] for column in scores)), sums.view(batch, width)
+    return TokenScores(*(column.view(batch, width, *column.shape[2:]) for column in scores)), sums.view(batch, width)
 
 
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:

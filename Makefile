@@ -15,7 +15,7 @@ test: .venv/tests
 	$(BIN)/python -m pytest
 
 benchmarks: .venv/installed
-	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test,bench]"
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test]"
 	$(BIN)/python -m tests.benchmarks
 
 .venv/installed: pyproject.toml tests/constraints.txt

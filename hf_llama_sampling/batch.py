@@ -4,58 +4,41 @@ Input is read in windows. A window is sorted by length and cut into batches, and
 and the batch settings alone: not on the number of processes, nor on what an earlier run has answered already. Together
 with one stream per prompt that makes the output the same, byte for byte, however often a run was killed and taken up.
 
-Beside ``OUT.jsonl`` stands a folder ``OUT.jsonl.run``::
-
-    run.json     what the run is: its settings, its input, whether it is complete
-    part-00000   one per process; a line per answer, appended and synced batch by batch, gone when the run is complete
-    keys         of a complete output, 8 bytes a record: which record each line answers
-
-What this module does not do: it spreads no model over devices (`Llama.build` does), and it never looks at logits.
+Lines are read in `records`, and `answers` keeps the files of a run. What this module does not do: it spreads no model
+over devices (`Llama.build` does), and it never looks at logits.
 """
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
-import stat
 import sys
 import tempfile
 import time
-import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from . import TEMPERATURE, TOP_P, __version__
+from .answers import ERROR, Answer, Existing, InOrder, Part, Progress, RunFolder, Summary, changes
 from .arguments import one_of, vocab_size_of, whole
 from .dialog import UNSAFE_ERROR, is_unsafe
 from .llama import Llama
+from .records import Refused, Survey, canonical, hash64, parse
 from .warpers import check_temperature, check_top_p
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; two runs into one output are then not told from one
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Existing = Literal["check", "reuse", "restart"]
 
 SEED = 1
 BATCH_SIZE = 32  # rows
@@ -63,31 +46,11 @@ BATCH_TOKENS = 16_384  # rows x (longest prompt + most new tokens)
 WINDOW = 1024  # records
 
 STREAM = "-"
-ERROR = -1  # in place of a token count
 _FIELDS = ("id", "prompt", "prompt_tokens", "messages", "temperature", "top_p", "max_gen_len", "seed")
 _PROMPTS = ("prompt", "prompt_tokens", "messages")
 _PROBE = "The quick brown fox, 1234: \n\t\u00e9\u4f60\U0001f600"  # told apart by any two tokenizers
 _SAMPLES = 64  # values looked at in each weight
-_CACHED = 90.0  # seconds after which a network file system shows every machine a new file
 _PATIENCE = timedelta(days=30)  # the processes of a run end hours apart, and accelerate's own limit is minutes
-
-
-class Refused(ValueError):
-    """The run is refused, or stopped by `strict`, for a reason that every process of it sees alike."""
-
-
-class Summary(NamedTuple):
-    """What a run came to.
-
-    `records` and `errors` count lines of the output, `tokens` those generated (or scored) for it, by whichever run;
-    `answered` counts the lines that this run added, on all processes together, and `seconds` is what it took.
-    """
-
-    records: int
-    errors: int
-    tokens: int
-    answered: int
-    seconds: float
 
 
 class Question(NamedTuple):
@@ -100,14 +63,6 @@ class Question(NamedTuple):
     top_p: float
     limit: int  # most new tokens
     seed: int
-
-
-class Answer(NamedTuple):
-    """A line of the output, and the tokens it cost; `ERROR` for an error record."""
-
-    place: int
-    record: dict[str, Any]
-    tokens: int
 
 
 def run(
@@ -214,7 +169,7 @@ def run(
 def _to_stream(worker: "_Worker") -> Summary:
     lines = InOrder(sys.stdout.buffer)
     done = bytearray(len(worker.survey))
-    with Progress(len(done), 0, []) as progress:
+    with Progress(len(done), 0, [], shown=_on_terminal(worker.state)) as progress:
         worker.work(done, lines.put, progress)
     return Summary(len(done), lines.errors, lines.tokens, len(done), 0.0)
 
@@ -238,7 +193,7 @@ def _to_file(worker: "_Worker", folder: "RunFolder", existing: Existing) -> Summ
         if main_claim != claim:
             raise ValueError(
                 f"all processes of a run need the same input and model, but process {state.process_index} has another "
-                f"than process 0 ({_changes(main_claim, claim)}): load the same files everywhere"
+                f"than process 0 ({changes(main_claim, claim)}): load the same files everywhere"
             )
         if isinstance(found, Summary):
             return found
@@ -251,11 +206,15 @@ def _to_file(worker: "_Worker", folder: "RunFolder", existing: Existing) -> Summ
             parts[0].append([(int(survey.keys[answer.place]), answer) for answer in answers])
 
         others = [path for path in folder.parts() if path != parts[0].path] if state.is_main_process else []
-        with Progress(len(done), before, others) as progress:
+        with Progress(len(done), before, others, shown=_on_terminal(state)) as progress:
             worker.work(done, keep, progress)
     _wait(state)
     summary = _on_main(state, lambda: folder.finish(claim, survey))
     return summary._replace(answered=summary.records - before)
+
+
+def _on_terminal(state: PartialState) -> bool:
+    return state.is_main_process and sys.stderr.isatty()
 
 
 # Processes
@@ -363,134 +322,6 @@ def _spooled(stream: BinaryIO) -> Iterator[BinaryIO]:
         yield file
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """One line as a record, without the fields that are null.
-
-    Raises:
-        ValueError: it is not one JSON object, or not JSON by the book: nan, infinity, a name twice.
-    """
-    try:
-        record = json.loads(
-            line.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise ValueError("a record must be a flat JSON object, and this is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a record must be UTF-8, and this line is not, at byte {error.start}: convert it") from None
-    except json.JSONDecodeError as error:
-        what = f"{error.msg} at character {error.pos + 1}" if line.strip() else "it is empty"
-        raise ValueError(f"a line must hold one JSON object: {what}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a line must hold one JSON object, and this holds a {type(record).__name__}")
-    return {name: value for name, value in record.items() if value is not None}
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"a JSON object names each field once, and this names {_twice(names)!r} twice: drop one")
-    return record
-
-
-def _twice(names: list[str]) -> str:
-    return next(name for place, name in enumerate(names) if name in names[:place])
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"JSON has no {name}: give a number or null")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"numbers must be finite, got {text}")
-    return number
-
-
-def content(line: bytes) -> bytes:
-    """What a record says, whatever its spacing and the order of its fields; a line that is no record, as it is."""
-    try:
-        return _canonical(parse(line)).encode()
-    except ValueError:
-        return b"!" + line.strip()
-
-
-def _hash(*parts: object) -> int:
-    """64 bits that depend on every part, and are the same everywhere and always."""
-    text = b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-
-
-class Survey:
-    """A first pass over the input: how many records there are, and by what they are known.
-
-    `keys` (uint64, one per record) depends on a record's content, the settings, and how many equal ones come before it
-    (`repeats`, int32). Nothing depends on line numbers.
-
-    Raises:
-        Refused: two different records have one key (one chance in a million, for six million records).
-    """
-
-    def __init__(self, file: BinaryIO, settings: dict[str, Any]) -> None:
-        salt, whole_input, size = _canonical(settings), hashlib.blake2b(digest_size=16), 0
-        digests = array("Q")
-        file.seek(0)
-        for line in file:
-            digests.append(_hash(salt, content(line)))
-            whole_input.update(line)
-            size += len(line)
-        keys: NDArray[np.uint64] = np.array(digests, dtype=np.uint64)
-        self.repeats = _repeats(keys)
-        for place in np.flatnonzero(self.repeats):
-            keys[place] = _hash(int(keys[place]), int(self.repeats[place]))
-        self.keys = keys
-        self.order = np.argsort(keys, kind="stable")
-        self.sorted = keys[self.order]
-        if bool((self.sorted[1:] == self.sorted[:-1]).any()):
-            raise Refused("two different records have the same 64-bit key: split the input in two")
-        self.description = {"records": len(keys), "bytes": size, "blake2b": whole_input.hexdigest()}
-        self.stamp = _stamp(file)
-
-    def check_unchanged(self, file: BinaryIO) -> None:
-        """Nobody writes to the input while it is read.
-
-        Raises:
-            ValueError: it is not as it was in the first pass.
-        """
-        if _stamp(file) != self.stamp:
-            raise ValueError("the input was changed during the run: start again with a file that stays as it is")
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def place(self, key: int) -> int | None:
-        """Where the record with this key stands, or None if there is none."""
-        index = int(np.searchsorted(self.sorted, np.uint64(key)))
-        return int(self.order[index]) if index < len(self.sorted) and int(self.sorted[index]) == key else None
-
-
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def _repeats(digests: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """For each value how many equal ones stand before it: [7, 5, 7, 7] -> [0, 0, 1, 2]."""
-    order = np.argsort(digests, kind="stable")
-    ranks = np.arange(len(order))
-    ordered = digests[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    repeats = np.empty(len(order), dtype=np.int32)
-    repeats[order] = ranks - np.maximum.accumulate(np.where(first, ranks, 0))
-    return repeats
-
-
 # Asking the model
 
 
@@ -568,7 +399,7 @@ class Asker:
             top_p=check_top_p(record.get("top_p", self.top_p)),
             limit=0 if self.score else min(limit, most - len(prompt)),
             # 53 bits, which every JSON reader keeps.
-            seed=_hash(self.seed, _canonical(record), repeat) >> 11 if own_seed is None else _seed(own_seed),
+            seed=hash64(self.seed, canonical(record), repeat) >> 11 if own_seed is None else _seed(own_seed),
         )
 
     def _prompt(self, record: dict[str, Any]) -> list[int]:
@@ -679,10 +510,10 @@ def _identity(llama: Llama) -> dict[str, Any]:
     probed = tokenizer.encode(_PROBE, bos=False, eos=False)
     return {
         "version": __version__,
-        "model": f"{_hash(_canonical(config)):016x}",
-        "weights": f"{_hash(_sampled_weights(model)):016x}",
+        "model": f"{hash64(canonical(config)):016x}",
+        "weights": f"{hash64(_sampled_weights(model)):016x}",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tokenizer": f"{_hash(tokenizer.n_words, tokenizer.bos_id, probed, template):016x}",
+        "tokenizer": f"{hash64(tokenizer.n_words, tokenizer.bos_id, probed, template):016x}",
         "max_seq_len": llama.max_seq_len,
     }
 
@@ -842,461 +673,6 @@ def _said(answer: Answer) -> str:
 
 def _strictly(answer: Answer) -> str:
     return f"{_said(answer)} (strict: the run stops here, and keeps what was answered before)"
-
-
-# Output
-
-
-class InOrder:
-    """Lines for a stream, each as soon as all before it are there."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
-        self.held: dict[int, bytes] = {}
-        self.next = self.errors = self.tokens = 0
-
-    def put(self, answers: Sequence[Answer]) -> None:
-        """Write what can be written."""
-        for answer in answers:
-            self.held[answer.place] = encoded(answer.record)
-            self.errors += answer.tokens == ERROR
-            self.tokens += max(0, answer.tokens)
-        while self.next in self.held:
-            self.stream.write(self.held.pop(self.next) + b"\n")
-            self.next += 1
-        self.stream.flush()
-
-
-def encoded(record: dict[str, Any]) -> bytes:
-    """A record as a line of JSON, readable where UTF-8 can hold it."""
-    try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return json.dumps(record, allow_nan=False).encode()
-
-
-class Line(NamedTuple):
-    """A line of a part file: ``key crc left tokens json``. `left` counts the lines of its batch that follow it."""
-
-    key: int
-    left: int
-    tokens: int
-    json: bytes
-
-    def packed(self) -> bytes:
-        """With its checksum and newline."""
-        body = b"%d %d %s" % (self.left, self.tokens, self.json)
-        return b"%016x %08x %s\n" % (self.key, _checksum(self.key, body), body)
-
-
-def _checksum(key: int, body: bytes) -> int:
-    return zlib.crc32(body, key & 0xFFFFFFFF)
-
-
-def unpacked(line: bytes) -> Line | None:
-    """A part file's line, or None if it is not whole."""
-    pieces = line.split(b" ", 2)
-    try:
-        key, checksum = int(pieces[0], 16), int(pieces[1], 16)
-        if not line.endswith(b"\n") or _checksum(key, pieces[2][:-1]) != checksum:
-            return None
-        left, tokens, text = pieces[2][:-1].split(b" ", 2)
-        return Line(key, int(left), int(tokens), text)
-    except (ValueError, IndexError):
-        return None
-
-
-class Part:
-    """A part file, open for one process to append to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
-        if not _lock(self.file):
-            self.file.close()
-            raise BlockingIOError(
-                f"another run is writing this output ({str(path)!r} is in use): wait for its end, or stop it first"
-            )
-
-    def __enter__(self) -> "Part":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, answers: Sequence[tuple[int, Answer]]) -> None:
-        """Keep the answers of a batch, all or none of them: they are on the disk when this returns.
-
-        Raises:
-            OSError: they could not be written, or the file has been removed.
-        """
-        last = len(answers) - 1
-        lines = [
-            Line(key, last - i, answer.tokens, encoded(answer.record)).packed()
-            for i, (key, answer) in enumerate(answers)
-        ]
-        rest = memoryview(b"".join(lines))
-        with _explained(f"answers cannot be written to {str(self.path)!r}"):
-            while rest:
-                rest = rest[self.file.write(rest) or 0 :]
-            os.fsync(self.file.fileno())
-            if not self.path.exists():
-                raise FileNotFoundError(
-                    f"the part file {str(self.path)!r} was removed during the run: the same command makes its answers "
-                    "again, and keeps those of the other part files"
-                )
-
-
-def _lock(file: BinaryIO | Any) -> bool:
-    """Whether this process has the file for itself, until it closes the file or ends, however it ends."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)  # else the file system has no locks
-    return True
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """The system's errors in one sentence with a way out; ours pass."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        ways_out = {
-            errno.ENOSPC: "free some space",
-            errno.EDQUOT: "free some space",
-            errno.EFBIG: "raise the limit on file sizes",
-            errno.EROFS: "name an output where files can be written",
-            errno.EACCES: "name an output where files can be written",
-            errno.EPERM: "name an output where files can be written",
-        }
-        way_out = ways_out.get(error.errno, "see to that")
-        raise OSError(
-            f"{what}: {error.strerror}: {way_out} and give the same command again, which keeps what was answered so far"
-        ) from error
-
-
-class RunFolder:
-    """The files of a run: the output, and the folder beside it."""
-
-    def __init__(self, output: str | Path) -> None:
-        self.output = Path(os.path.realpath(output))
-        self.folder = self.output.with_name(f"{self.output.name}.run")
-        self.claim_file = self.folder / "run.json"
-        self.keys_file = self.folder / "keys"
-        if not self.output.parent.is_dir():
-            raise Refused(f"the output's folder does not exist: {str(self.output.parent)!r}: create it")
-        if self.output.exists() and not stat.S_ISREG(self.output.stat().st_mode):
-            raise Refused(f'the output must be a file, and {str(self.output)!r} is none: name one, or "-"')
-
-    def parts(self) -> list[Path]:
-        """All part files, also those of processes that this run does not have."""
-        return sorted(self.folder.glob("part-*"))
-
-    def open_part(self, process: int) -> "Part":
-        """The part file of a process; only one run may have it. The main process makes the folder and all files in it.
-
-        Raises:
-            OSError: another run has it, or it cannot be written.
-        """
-        with _explained(f"the output {str(self.output)!r} cannot be written"):
-            path = self.folder / f"part-{process:05d}"
-            if process == 0:
-                self.folder.mkdir(exist_ok=True)
-            elif not _comes_to_be(path):
-                raise FileNotFoundError(
-                    f"process {process} does not see {str(path)!r}, which process 0 made: name an output on a file "
-                    "system that all machines share"
-                )
-            return Part(path)
-
-    def standing(self, claim: dict[str, Any], existing: Existing) -> Literal["new", "kept", "reused", "complete"]:
-        """What there is of this output already, and what is to become of it.
-
-        Raises:
-            Refused: it was not made with this input and these settings.
-        """
-        if existing == "restart":
-            return "new"
-        old = self._old_claim()
-        exists = self.output.exists()
-        if old is None:
-            if exists:
-                raise Refused(
-                    f"the output {str(self.output)!r} exists, and nothing tells what it was made of: name another, or "
-                    'replace it with existing="restart" (--existing restart)'
-                )
-            return "kept"
-        if not exists and not any(part.stat().st_size for part in self.parts()):
-            return "new"
-        self._check_same("settings", old, claim, "made with other settings")
-        whole_output = bool(old.get("complete")) and exists and self.output.stat().st_size == old["output_bytes"]
-        if existing == "reuse":
-            return "reused" if whole_output else "kept"
-        self._check_same(
-            "input", old, claim, "made of another input", 'existing="reuse" (--existing reuse) keeps what still fits; '
-        )
-        if not old.get("complete"):
-            return "kept"
-        if not exists:
-            return "new"
-        if not whole_output:
-            raise Refused(
-                f"the output {str(self.output)!r} was changed after it was complete: name another, or replace it with "
-                'existing="restart" (--existing restart)'
-            )
-        return "complete"
-
-    def _old_claim(self) -> dict[str, Any] | None:
-        try:
-            old = json.loads(self.claim_file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            old = None
-        if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
-            raise Refused(
-                f"{str(self.claim_file)!r} should tell what the output was made of, but is corrupted: name another "
-                'output, or start anew with existing="restart" (--existing restart)'
-            )
-        return old
-
-    def _check_same(self, part: str, old: dict[str, Any], claim: dict[str, Any], found: str, way_out: str = "") -> None:
-        changes = _changes({part: old.get(part, {})}, {part: claim[part]})
-        if changes:
-            raise Refused(
-                f"the output {str(self.output)!r} was {found} ({changes}): name another output; {way_out}"
-                'existing="restart" (--existing restart) replaces it'
-            )
-
-    def prepare(self, claim: dict[str, Any], standing: str, *, mine: Path, processes: int) -> None:
-        """Bring the folder into order for so many processes; `mine` is the main process's own, locked part file.
-
-        Raises:
-            Refused: another run is at work here.
-            ValueError: a part file is corrupted.
-        """
-        with _explained(f"the output {str(self.output)!r} cannot be written"):
-            for path in self.parts():
-                if path != mine:
-                    Part(path).__exit__()
-            if standing == "new":
-                for path in self.parts():
-                    os.truncate(path, 0)
-            if standing == "reused" and self.keys_file.exists():
-                self._reuse_output()
-            for path in self.parts():
-                repair(path)
-            for process in range(processes):
-                (self.folder / f"part-{process:05d}").touch()
-            _write(self.claim_file, _pretty({**claim, "complete": False}))
-
-    def _reuse_output(self) -> None:
-        """The answers of a complete output as a part file, without its errors."""
-        keys = np.frombuffer(self.keys_file.read_bytes(), dtype="<u8")
-        with open(self.output, "rb") as lines, _replacing(self.folder / "part-earlier") as part:
-            for key, line in zip(keys, lines, strict=False):
-                record = json.loads(line)
-                if "error" not in record:
-                    tokens = record.get("tokens", record.get("prompt_tokens", []))
-                    part.write(Line(int(key), 0, len(tokens), line.rstrip(b"\n")).packed())
-
-    def answered(self, survey: Survey) -> bytes:
-        """One byte per record: whether some part file holds its answer."""
-        done = bytearray(len(survey))
-        for path in self.parts():
-            for _, line in lines_of(path):
-                place = survey.place(line.key)
-                if place is not None:
-                    done[place] = 1
-        return bytes(done)
-
-    def finish(self, claim: dict[str, Any], survey: Survey) -> Summary:
-        """Merge the parts into the output, which appears at once, and let them go.
-
-        Raises:
-            FileNotFoundError: answers are missing.
-            ValueError: a part file is corrupted.
-        """
-        paths = self.parts()
-        which, where = np.full(len(survey), -1, dtype=np.int32), np.zeros(len(survey), dtype=np.int64)
-        errors = tokens = 0
-        for number, path in enumerate(paths):
-            for offset, line in lines_of(path):
-                place = survey.place(line.key)
-                if place is not None and which[place] < 0:
-                    which[place], where[place] = number, offset
-                    errors += line.tokens == ERROR
-                    tokens += max(0, line.tokens)
-        missing = int((which < 0).sum())
-        if missing:
-            raise FileNotFoundError(
-                f"{missing} of {len(survey)} answers are gone, so a part file in {str(self.folder)!r} was removed or "
-                "emptied during the run: the same command makes them again, and keeps the others"
-            )
-        with _explained(f"the output {str(self.output)!r} cannot be written"):
-            size = self._merge(paths, which, where)
-            _write(self.keys_file, survey.keys.astype("<u8").tobytes())
-            found = {"complete": True, "output_bytes": size, "errors": errors, "tokens": tokens}
-            _write(self.claim_file, _pretty({**claim, **found}))
-        return self.finished()
-
-    def _merge(self, paths: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]) -> int:
-        """Bytes written. Reads here and there, though within a window: parts are in the order of work."""
-        with contextlib.ExitStack() as stack, _replacing(self.output, self.folder / "merged") as merged:
-            files = [stack.enter_context(open(path, "rb")) for path in paths]
-            for number, offset in zip(which, where, strict=True):
-                files[number].seek(int(offset))
-                line = unpacked(files[number].readline())
-                if line is None:
-                    raise corrupted(paths[number], int(offset))
-                merged.write(line.json + b"\n")
-            return merged.tell()
-
-    def finished(self) -> Summary:
-        """The summary of a complete output, whose part files are removed."""
-        for path in self.parts():
-            path.unlink(missing_ok=True)
-        claim = self._old_claim()
-        assert claim is not None and claim["complete"]
-        return Summary(claim["input"]["records"], claim["errors"], claim["tokens"], 0, 0.0)
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """In words, what differs in two claims."""
-    return "; ".join(
-        f"{name} was {old[part].get(name)!r} and is {new[part].get(name)!r}"
-        for part in new
-        for name in sorted({*old[part], *new[part]})
-        if old[part].get(name) != new[part].get(name)
-    )
-
-
-def _comes_to_be(path: Path) -> bool:
-    """Whether there is such a file, now or soon."""
-    patience = time.monotonic() + _CACHED
-    while not path.exists():
-        if time.monotonic() > patience:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def lines_of(path: Path) -> Iterator[tuple[int, Line]]:
-    """The lines of a repaired part file, each with where it begins."""
-    offset = 0
-    with open(path, "rb") as file:
-        for text in file:
-            line = unpacked(text)
-            if line is None:
-                raise corrupted(path, offset)
-            yield offset, line
-            offset += len(text)
-
-
-def repair(path: Path) -> None:
-    """Cut off what follows the last whole batch: the torn end that a killed process or a full disk leaves.
-
-    Raises:
-        ValueError: what is broken is not the end.
-    """
-    whole_until = offset = 0
-    broken: int | None = None
-    with open(path, "r+b") as file:
-        for text in file:
-            line = unpacked(text)
-            if line is None:
-                broken = offset if broken is None else broken
-            elif broken is not None:
-                raise corrupted(path, broken)
-            offset += len(text)
-            if line is not None and line.left == 0:
-                whole_until = offset
-        if whole_until < offset:
-            file.truncate(whole_until)
-            os.fsync(file.fileno())
-
-
-def corrupted(path: Path, offset: int) -> ValueError:
-    """The error for a part file that something else than this program has changed."""
-    return ValueError(
-        f"the part file {str(path)!r} is corrupted at byte {offset}: restore it, or remove it, and the same command "
-        "makes its answers again and keeps those of the other part files"
-    )
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """A file that takes its name at once, when it is whole and on the disk."""
-    temporary = temporary or path.with_name(f"{path.name}.new")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk it is in the way
-        raise
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Names in a folder are kept like its files; Windows does so by itself."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _replacing(path) as file:
-        file.write(content)
-
-
-def _pretty(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
-
-
-class Progress:
-    """A bar on a terminal's standard error: records of all processes, and their tokens per second."""
-
-    def __init__(self, total: int, done: int, others: list[Path]) -> None:
-        shown = PartialState().is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="record", disable=not shown, dynamic_ncols=True)
-        self.read = {path: path.stat().st_size for path in others}
-        self.tokens = 0
-        self.start = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, answers: Sequence[Answer]) -> None:
-        """Count these, and what other processes have added since."""
-        if self.bar.disable:
-            return
-        found = [answer.tokens for answer in answers]
-        for path, offset in self.read.items():
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                file.seek(offset)
-                for text in file:
-                    line = unpacked(text)
-                    if line is None:  # being written
-                        break
-                    self.read[path] += len(text)
-                    found.append(line.tokens)
-        self.tokens += sum(max(0, tokens) for tokens in found)
-        self.bar.update(len(found))
-        self.bar.set_postfix_str(f"{self.tokens / (time.monotonic() - self.start):.0f} tokens/s")
 
 
 # The command

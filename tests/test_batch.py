@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import HERE, TINY
 
-from hf_llama_sampling import Llama, LlamaForCausalLM, batch
+from hf_llama_sampling import Llama, LlamaForCausalLM, answers, batch
 from hf_llama_sampling.batch import Answer, Question, Refused
 from hf_llama_sampling.dialog import dialog_tokens
 
@@ -413,7 +413,7 @@ def test_one_run_at_a_time(llama, tmp_path):
 
 def test_machines_that_share_no_file_system_are_told_so(tmp_path, monkeypatch):
     """A process that does not see what the main one made waits for it, and then says what is wrong."""
-    monkeypatch.setattr(batch, "_CACHED", 0.3)
+    monkeypatch.setattr(answers, "_CACHED", 0.3)
     with pytest.raises(FileNotFoundError, match=r"process 1 does not see .*: name an output on a file system that all"):
         batch.RunFolder(tmp_path / "out").open_part(1)
 
@@ -539,7 +539,7 @@ def test_killed_between_the_last_steps(llama, tmp_path, monkeypatch, step):
     """Wherever the end is cut short, the next run completes it without asking the model."""
     records = some_records(4)
     expected = ask_all(llama, tmp_path, records, name="whole")
-    writing, replacing = batch._write, batch._replacing
+    writing, replacing = answers._write, answers._replacing
 
     def no_write(path, content):
         if (step, path.name) == ("keys", "keys") or (step == "claim" and b'"complete": true' in content):
@@ -554,8 +554,8 @@ def test_killed_between_the_last_steps(llama, tmp_path, monkeypatch, step):
     def no_parts(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "_write", no_write)
-    monkeypatch.setattr(batch, "_replacing", no_replace)
+    monkeypatch.setattr(answers, "_write", no_write)
+    monkeypatch.setattr(answers, "_replacing", no_replace)
     monkeypatch.setattr(batch.RunFolder, "finished", no_parts)
     with pytest.raises(KeyboardInterrupt):
         ask_all(llama, tmp_path, records)
@@ -848,7 +848,7 @@ def test_memory_is_flat(llama, tmp_path, monkeypatch):
         return [Answer(q.place, {"id": q.id, "generation": "", "tokens": q.prompt}, 1) for q in questions]
 
     monkeypatch.setattr(batch.Asker, "ask", echo)
-    monkeypatch.setattr(batch.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     peaks = []
     for count in (100, 2_000, 20_000):
         records = ({"id": i, "prompt_tokens": [1, i % 1000, i // 1000]} for i in range(count))

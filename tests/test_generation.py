@@ -549,10 +549,11 @@ def test_a_completion_depends_on_its_seed_and_prompt_alone(tiny_model):
 
 @pytest.mark.weights
 def test_a_completion_depends_on_its_seed_and_prompt_alone_on_the_real_weights(weights):
-    """The same on the 135M weights."""
+    """The same on the 135M weights, in batches of 2 to 16."""
     draw = random.Random(2)
-    prompts = [[draw.randrange(1000) for _ in range(draw.randint(1, 9))] for _ in range(4)]
-    check_independence(weights, prompts, [5, 2**63, 7, 1], batches=[2, 4], max_gen_len=4, draw=draw, eos=[EOS])
+    prompts = [[draw.randrange(1000) for _ in range(draw.randint(1, 9))] for _ in range(16)]
+    seeds = [5, 2**63, 7, 1, *range(100, 112)]
+    check_independence(weights, prompts, seeds, batches=[2, 5, 16], max_gen_len=4, draw=draw, eos=[EOS])
 
 
 def test_an_int_means_consecutive_seeds(tiny_model):

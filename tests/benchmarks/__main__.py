@@ -132,6 +132,7 @@ def main() -> None:
     effort = Effort(
         pairs=arguments.pairs or (5 if arguments.quick else 21),
         seconds=1 if arguments.quick else 60,
+        least=3 if arguments.quick else 5,
         clock=time.process_time if arguments.cpu_time else time.perf_counter,
     )
     sizes = QUICK if arguments.quick else FULL

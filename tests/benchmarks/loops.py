@@ -12,7 +12,7 @@ from hf_llama_sampling import with_llama_generation
 from hf_llama_sampling.reference import reference_generate
 from hf_llama_sampling.schedules import left_padded
 
-from .measure import LEAST_PAIRS, Effort, Line, in_turn, line, seconds
+from .measure import Effort, Line, in_turn, line, seconds
 
 TEMPERATURE, TOP_P = 0.6, 0.9
 
@@ -223,7 +223,7 @@ def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, i
         return long / short
 
     growths: list[tuple[float, float]] = []
-    for turn in range(max(LEAST_PAIRS, effort.pairs)):
+    for turn in range(effort.pairs):
         mine, other = [growth(run) for run in ((ours, bare) if turn % 2 else (bare, ours))][:: 1 if turn % 2 else -1]
         growths.append((mine, other))
     what = f"time per new token at length {lengths[1]:,} against length {lengths[0]:,}"

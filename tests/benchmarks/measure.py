@@ -17,14 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCK_SECONDS = 0.02  # quick functions are repeated until one measurement takes so long
-LEAST_PAIRS = 3
 
 
 class Effort(NamedTuple):
-    """How long one comparison may take: so many pairs, or so many seconds, but never fewer than `LEAST_PAIRS`."""
+    """How long one comparison may take: so many pairs, or so many seconds, but never fewer than `least` pairs."""
 
     pairs: int
     seconds: float
+    least: int = 2
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -46,7 +46,7 @@ def in_turn(runs: Sequence[Callable[[], Any]], effort: Effort) -> list[list[floa
     times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for turn in range(effort.pairs):
-        if turn >= LEAST_PAIRS and time.perf_counter() - began > effort.seconds:
+        if turn >= effort.least and time.perf_counter() - began > effort.seconds:
             break
         for place in range(len(runs)):
             which = (place + turn) % len(runs)

@@ -137,7 +137,8 @@ class LlamaGenerationMixin(GenerationMixin):
                 ragged batch if it fits the model's context that way, else dense. In padded, the state left in the
                 generator is the reference's unless a row runs into its limit and would have met an EOS beyond it.
             compat (`"fixed"` or `"meta"`): `"meta"` keeps the reference's quirks; see the README's table.
-            chunk_bytes (`int`): memory for the logits of one chunk of prompt when logprobs are echoed.
+            chunk_bytes (`int`): memory for the logits of one chunk of prompt when logprobs are echoed, 128 MiB if not
+                given. Each chunk reads all weights once more, so much less of it costs time.
             kwargs: everything else that transformers' `generate` takes: `attention_mask`, `eos_token_id` (an id or a
                 list), `logits_processor`, `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`,
                 `num_return_sequences`, `repetition_penalty`, ...
@@ -355,7 +356,7 @@ class LlamaGenerationMixin(GenerationMixin):
             prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each as long as the model allows.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): of a padded tensor, on either side.
             top_logprobs (`int`): how many best tokens to report at each position.
-            chunk_bytes (`int`): memory for the logits of one chunk of columns.
+            chunk_bytes (`int`): memory for the logits of one chunk of columns, 128 MiB if not given.
 
         Returns:
             [`LlamaScoreOutput`]: `logprobs`, natural logarithm, 0.0 for each row's first token.

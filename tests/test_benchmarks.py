@@ -30,6 +30,7 @@ TARGETS = {
     "flat-seeds": {1.1},
     "flat-meta": {1.1},
     "logprobs": {1.08, None},  # 0.6 in one case
+    "forwards": {None},
     "ragged-seeds": {1.0, None},
     "ragged-meta": {0.25},
     "memory": {0.1},
@@ -61,6 +62,13 @@ def test_every_row_is_measured(models, monkeypatch, name):
     assert {line.at_most for line in lines} == TARGETS[name]
     assert len({(line.what, line.against) for line in lines}) == len(lines)
     assert all(math.isfinite(line.median) and line.median > 0 for line in lines)
+
+
+def test_forwards_are_a_part_of_the_run(models):
+    """Their share is below one, and the hooks that measured it are gone."""
+    (share,) = benchmarks.rows(lambda: models, EFFORT, SMALL)["forwards"]()
+    assert 0 < share.median < 1
+    assert not models.ours._forward_hooks and not models.ours._forward_pre_hooks
 
 
 def test_section_9s_sizes():

@@ -113,6 +113,26 @@ def with_logprobs_and_echo(
         yield line(what, "transformers: `output_logits` and a forward", None, bare, recipe)
 
 
+def forwards_alone(models: Models, effort: Effort, *, steps: int, case: tuple[int, int]) -> Iterator[Line]:
+    """How much of the time with logprobs and echo is the model's, whatever samples and scores around it."""
+    batch, length = case
+    prompts = models.prompts([length] * batch)
+    marks: list[float] = []
+    hooks = [
+        models.ours.register_forward_pre_hook(lambda *_: marks.append(effort.clock())),
+        models.ours.register_forward_hook(lambda *_: marks.append(effort.clock())),
+    ]
+    times: list[tuple[float, float]] = []
+    for _ in range(effort.least + 1):
+        marks.clear()
+        whole = seconds(lambda: ours_with_logprobs(models, prompts, steps, seeds=0), effort.clock)
+        times.append((sum(marks[1::2]) - sum(marks[::2]), whole))
+    for hook in hooks:
+        hook.remove()
+    what = f"the model's forwards alone, {steps} tokens with logprobs and echo, B = {batch}, prompts of {length}"
+    yield line(what, "all of the same run", None, *zip(*times[1:], strict=True))  # the first one is cold
+
+
 class Ragged(NamedTuple):
     """A ragged batch: prompts from `shortest` to `longest` tokens, and so many new ones."""
 

@@ -141,7 +141,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
     for name, value in kwargs.items():
         if name in REFUSED:
             if value is not None:
-                raise ValueError(f"{name} has no place in LLAMA2's sampler: {WAYS_OUT.get(name, 'leave it out')}")
+                raise ValueError(_no_place(name, name))
         elif name in TO_THE_LOOP:
             call.to_loop[name] = value
         elif name in known_options:
@@ -155,16 +155,20 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
     for name, value in call.options.items():
         off = value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name])
         if name not in HANDED_ON | READ_HERE | {"config"} and not off:
-            raise ValueError(
-                f"{name}={value!r} has no place in LLAMA2's sampler: {WAYS_OUT.get(name, 'leave it out')}, or call "
-                "transformers' own model class for transformers' own rule"
-            )
+            raise ValueError(_no_place(name, f"{name}={value!r}"))
     if call.options.get("cache_implementation") == "paged":
         raise ValueError(
             'cache_implementation="paged" ignores logits processors and masks: drop it, or give the warpers to the '
             "continuous batching manager's logit_processor"
         )
     return call
+
+
+def _no_place(name: str, asked: str) -> str:
+    return (
+        f"{asked} has no place in LLAMA2's sampler: {WAYS_OUT.get(name, 'leave it out')}, or call transformers' own "
+        "model class for transformers' own rule"
+    )
 
 
 def choose_temperature(given: PerRow | None, options: dict[str, Any]) -> float | list[float]:

@@ -13,6 +13,10 @@ from . import TEMPERATURE, TOP_P, __version__
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
 GEN_LEN = 128
+_MODEL_FORMS = (
+    "Meta's folder (params.json, consolidated.*.pth), a transformers folder, a Hub id or a GGUF file "
+    "(default: the bundled tiny model)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,16 +139,15 @@ def parity(arguments: argparse.Namespace) -> int:
     """Compare the package with the plain reference loop on this machine's device."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
 
     from .generation import with_llama_generation
+    from .llama import load_model
     from .parity import checks
 
     transformers.utils.logging.disable_progress_bar()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")
-    loaded = AutoModelForCausalLM.from_pretrained(str(arguments.model), dtype=torch.float32)
-    model: Any = with_llama_generation(loaded.to(device).eval())
+    model: Any = with_llama_generation(load_model(arguments.model, torch.float32, {"device_map": device}))
     size = {"rows": 200, "batches": 2} if arguments.quick else {}
     results = list(checks(model, **size))
     where = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -272,7 +275,7 @@ def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
 
         add_arguments(sub)
         _model_options(sub, compat=False)
-        _sampling_options(sub)
+        _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
 
     sub = _command(
         commands,
@@ -282,7 +285,7 @@ def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
         "Draws, generation in both schedules and the per-prompt streams are compared in float32. Status 1 if anything "
         "differs.",
     )
-    sub.add_argument("--model", default=BUNDLED, help="a transformers folder or Hub id (default: the bundled model)")
+    sub.add_argument("--model", default=BUNDLED, help=_MODEL_FORMS)
     sub.add_argument("--device", help="cuda, cuda:1, mps, cpu, ... (default: the first GPU, else the CPU)")
     sub.add_argument("--quick", action="store_true", help="fewer rows and batches")
     return parser
@@ -301,8 +304,7 @@ def _model_options(sub: argparse.ArgumentParser, *, compat: bool = True) -> None
     group.add_argument(
         "--model",
         default=BUNDLED,
-        help="Meta's folder (params.json, consolidated.*.pth), a transformers folder, a Hub id or a GGUF file "
-        "(default: the bundled tiny model)",
+        help=_MODEL_FORMS,
     )
     group.add_argument(
         "--tokenizer", help="a SentencePiece file or where a transformers tokenizer is (default: --model)"
@@ -322,13 +324,11 @@ def _model_options(sub: argparse.ArgumentParser, *, compat: bool = True) -> None
     )
 
 
-def _sampling_options(sub: argparse.ArgumentParser) -> None:
+def _sampling_options(sub: argparse.ArgumentParser, *, seed: str = "of torch's generator, as the reference's") -> None:
     group = sub.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=TOP_P, help="the nucleus (default: %(default)s)")
     group.add_argument(
         "--max-gen-len", type=int, default=GEN_LEN, metavar="N", help="most new tokens (default: %(default)s)"
     )
-    group.add_argument(
-        "--seed", type=int, default=1, help="of torch's generator, as the reference's (default: %(default)s)"
-    )
+    group.add_argument("--seed", type=int, default=1, help=f"{seed} (default: %(default)s)")

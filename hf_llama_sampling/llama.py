@@ -160,17 +160,7 @@ class Llama:
             dtype = torch.float16 if gpus and device_map not in ("cpu", torch.device("cpu")) else torch.float32
         tokenizer = load_tokenizer(tokenizer_path)
         placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-        if is_meta_folder(ckpt_dir):
-            model = load_meta_checkpoint(
-                ckpt_dir,
-                max_seq_len=_CONTEXT if max_seq_len is None else whole("max_seq_len", max_seq_len, least=1),
-                vocab_size=tokenizer.n_words,
-                dtype=dtype,
-                model_class=LlamaForCausalLM,
-                **placement,  # type: ignore[arg-type]
-            )
-        else:
-            model = _from_pretrained(ckpt_dir, dtype, {k: v for k, v in placement.items() if v is not None})
+        model = load_model(ckpt_dir, dtype, placement, max_seq_len=max_seq_len, vocab_size=tokenizer.n_words)
         llama = Llama(
             model,
             tokenizer,
@@ -419,6 +409,27 @@ def _floating(dtype: Any) -> torch.dtype | None:
     if found is None and dtype is not None:
         raise ValueError(f"dtype must be a floating-point type such as 'float16', got {dtype!r}")
     return found
+
+
+def load_model(
+    ckpt_dir: str | Path,
+    dtype: torch.dtype,
+    placement: dict[str, Any],
+    *,
+    max_seq_len: int | None = None,
+    vocab_size: int | None = None,
+) -> PreTrainedModel:
+    """A checkpoint in any form that `Llama.build` takes; `vocab_size` is the tokenizer's, which Meta's must have."""
+    if not is_meta_folder(ckpt_dir):
+        return _from_pretrained(ckpt_dir, dtype, {k: v for k, v in placement.items() if v is not None})
+    return load_meta_checkpoint(
+        ckpt_dir,
+        max_seq_len=_CONTEXT if max_seq_len is None else whole("max_seq_len", max_seq_len, least=1),
+        vocab_size=vocab_size,
+        dtype=dtype,
+        model_class=LlamaForCausalLM,
+        **placement,
+    )
 
 
 def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, Any]) -> PreTrainedModel:

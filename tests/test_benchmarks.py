@@ -1,6 +1,7 @@
 """The benchmark command runs, every row of it. What it measures is nobody's assertion, what it counts is."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_the_table(capsys, monkeypatch):
     # With padding transformers asks its mask in each step as well, so both have two there; nothing is added here.
     assert [row[3] for row in table] == ["1.000", "1.000", "**2.000**", "**2.000**"]
     assert [row[4].split(" of them")[0] for row in table] == ["1", "1", "2", "2"]
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    """Without the test extra the command says what to install, in one sentence."""
+    monkeypatch.setitem(sys.modules, "tests.conftest", None)
+    with pytest.raises(SystemExit, match=r"tests.conftest, of the extra .*make benchmarks"):
+        benchmarks.load(None)
 
 
 def test_the_plot(models, tmp_path):

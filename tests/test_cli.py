@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from test_checkpoint import write
 
 from hf_llama_sampling import Llama, __version__
 from hf_llama_sampling.cli import BUNDLED, main
+from hf_llama_sampling.llama import load_model
 
 
 def run(*arguments, stdin=""):
@@ -80,6 +83,20 @@ def test_parity_on_this_machine(capsys):
     assert lines[-1].startswith("parity: all equal")
 
 
+def test_parity_takes_every_form_of_checkpoint(capsys, weights_file):
+    """A GGUF file as `complete` takes it; a folder that holds none of the forms is refused with the way out."""
+    assert main(["parity", "--quick", "--model", str(weights_file.parent.parent)]) == 2
+    assert "a checkpoint folder holds" in capsys.readouterr().err
+    assert load_model(weights_file, torch.float32, {"device_map": "cpu"}).config.vocab_size == 49152
+
+
+def test_parity_on_metas_folder(capsys, tmp_path, golden_model):
+    """Meta's own format, without a tokenizer."""
+    write(tmp_path, golden_model)
+    assert main(["parity", "--quick", "--model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("parity: all equal")
+
+
 def test_parity_notices_a_difference(capsys, monkeypatch):
     """A sampler that keeps another nucleus does not pass."""
     import hf_llama_sampling.schedules as schedules
@@ -127,6 +144,14 @@ def test_chat_ends_cleanly_on_interrupt(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["chat"]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_batch_says_what_its_seed_is(capsys):
+    """A batch run draws from streams of its own, not from torch's generator."""
+    with pytest.raises(SystemExit):
+        main(["batch", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each record draws from a stream of its own" in said and "torch's generator" not in said
 
 
 @pytest.mark.parametrize("command", ["complete", "chat", "batch", "parity"])

@@ -1,6 +1,7 @@
-"""Print section 9's table as Markdown."""
+"""Measure speed and memory, and print the table that the README quotes."""
 
 import argparse
+import contextlib
 import functools
 import platform
 import sys
@@ -138,7 +139,8 @@ def main() -> None:
     )
     sizes = QUICK if arguments.quick else FULL
     if arguments.plot:
-        from .plot import plot
+        with _explained():
+            from .plot import plot
 
         lengths, vocabularies = sizes.plotted
         plot(arguments.plot, model(), effort, lengths=lengths, vocabularies=vocabularies)
@@ -182,7 +184,8 @@ def versions() -> str:
 def load(given: Path | None) -> Models:
     """The 135M weights, or a model of the user's, in float32."""
     if given is None:
-        from tests.conftest import file_of_package
+        with _explained():
+            from tests.conftest import file_of_package
 
         given = file_of_package(*WEIGHTS)
     where = {"gguf_file": given.name} if given.is_file() else {}
@@ -190,6 +193,14 @@ def load(given: Path | None) -> Models:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
     return Models.of(model, tokenizer(TEXT.read_text()).input_ids)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(f'this needs {error.name}, of the extra "test": pip install --editable ".[test]", or make benchmarks')
 
 
 def _no_model() -> Models:

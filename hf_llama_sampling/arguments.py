@@ -33,6 +33,20 @@ EDITING = COUNTING | {
     "guidance_scale",
     "remove_invalid_values",
 }
+# Some look at whole prompts when the loop begins, and the dense schedule has them then as far as the shortest one goes;
+# some count n-grams, among which left padding would be.
+ON_WHOLE_PROMPTS = {"encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale"}
+ON_NGRAMS = {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size"}
+NO_EDIT: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "remove_invalid_values": False,
+}
 CACHING = {"cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"}
 HANDED_ON = (
     (EDITING - NEEDING_EOS)
@@ -82,6 +96,7 @@ REFUSED = {
     "negative_prompt_attention_mask",
     "inputs_embeds",
     "position_ids",
+    "token_type_ids",
     "labels",
     "logits_to_keep",
     "cache_position",
@@ -100,6 +115,7 @@ WAYS_OUT = {
     "negative_prompt_attention_mask": "pass an UnbatchedClassifierFreeGuidanceLogitsProcessor in logits_processor",
     "inputs_embeds": "pass token ids",
     "position_ids": "positions follow from the prompts",
+    "token_type_ids": "leave it out: prompts are laid out anew here, without it",
 }
 TO_THE_LOOP = (
     "logits_processor",
@@ -305,17 +321,28 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
     return prompts
 
 
+def options_that_edit(options: dict[str, Any]) -> list[str]:
+    """The options in force that edit logits."""
+    return [
+        name
+        for name in sorted(EDITING)
+        if options.get(name) is not None and not (name in NO_EDIT and options[name] == NO_EDIT[name])
+    ]
+
+
 def choose_schedule(
     asked: Schedule, lengths: Sequence[int], limits: Sequence[int], context: int | None, editing: Sequence[str]
 ) -> Literal["dense", "padded"]:
     """Padded where the batch is ragged and fits the model's context that way, dense otherwise.
 
     Beyond the context a padded batch would put rows that are done, and wait for others, at positions the model has not.
-    `editing` are the options in force that edit logits, and max_time: those on n-grams would count padding as text, and
-    those that count from the prompts' end need all prompts to end in one column.
+    `editing` are the options in force that edit logits, and max_time: those on n-grams would count padding as text,
+    those on whole prompts would see them cut in dense, and those that count from the prompts' end need all prompts to
+    end in one column.
     """
     counting = [name for name in editing if name in COUNTING | {"max_time"}]
-    on_ngrams = {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size"} & set(editing)
+    on_ngrams = [name for name in editing if name in ON_NGRAMS]
+    on_whole_prompts = [name for name in editing if name in ON_WHOLE_PROMPTS]
     width = max(lengths) + max(limits)
     fits = context is None or width <= context
     ragged = min(lengths) < max(lengths)
@@ -325,6 +352,17 @@ def choose_schedule(
             f'model\'s context of {context} tokens, got {width}: take schedule="dense", or fewer new tokens'
         )
     padded = asked == "padded" or (asked == "auto" and ragged and fits and not on_ngrams)
+    if ragged and padded and on_ngrams:
+        way_out = "" if on_whole_prompts else 'schedule="dense", or '
+        raise ValueError(
+            f"{on_ngrams[0]} would count the padding of a ragged batch as text: take {way_out}prompts of one length"
+        )
+    if ragged and not padded and on_whole_prompts:
+        way_out = "" if on_ngrams else 'schedule="padded", or '
+        raise ValueError(
+            f"{on_whole_prompts[0]} looks at whole prompts, and the dense schedule begins where the shortest one of a "
+            f"ragged batch ends: take {way_out}prompts of one length"
+        )
     if counting and ragged and not padded:
         raise ValueError(
             f"{counting[0]} counts from where all prompts end, and in the dense schedule a ragged batch has no such "
@@ -365,6 +403,16 @@ def check_generator(generator: Any, device: torch.device) -> None:
         raise ValueError(
             f"generator must live on the model's device {device}, got one on {generator.device}: make it with "
             f"torch.Generator({device.type!r})"
+        )
+
+
+def check_cache(cache: Any, columns: int) -> None:
+    """A cache of earlier columns comes with the whole text, of which at least the last token is new."""
+    held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    if held >= columns:
+        raise ValueError(
+            f"past_key_values must hold fewer tokens than the prompts, got {held} for prompts of {columns}: pass the "
+            "whole text, what the cache holds included"
         )
 
 

@@ -235,7 +235,7 @@ class LlamaGenerationMixin(GenerationMixin):
             wish if max_seq_len is None else min(wish, max_seq_len - len(prompt))
             for wish, prompt in zip(gen_lens, prompts, strict=True)
         ]
-        editing = [name for name in sorted(arguments.EDITING) if options.get(name) is not None]
+        editing = arguments.options_that_edit(options)
         timed = ["max_time"] if options.get("max_time") is not None else []
         chosen = arguments.choose_schedule(
             schedule, [len(prompt) for prompt in prompts], limits, context_of(self), [*editing, *timed]
@@ -283,6 +283,8 @@ class LlamaGenerationMixin(GenerationMixin):
         ids, mask = run.layout()
         others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
         own_cache = call.to_model.get("past_key_values") is not None
+        if own_cache:
+            arguments.check_cache(call.to_model["past_key_values"], run.start)
         if own_cache and run.longest != run.shortest and not run.padded:
             raise ValueError(
                 'past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache'

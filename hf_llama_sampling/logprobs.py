@@ -87,8 +87,8 @@ def score_columns(
         nothing.
 
     Raises:
-        ValueError: the text does not fit one chunk and the model has no key-value cache, or a logit is nan or inf in a
-            column that means something; row and position are named.
+        ValueError: the text does not fit one chunk and the model's cache holds more than keys and values, or a logit is
+            nan or inf in a column that means something; row and position are named.
     """
     width = input_ids.shape[1]
     vocab_size = model.config.get_text_config().vocab_size
@@ -102,10 +102,11 @@ def score_columns(
             inputs |= {"attention_mask": attention_mask[:, :end], "position_ids": positions[:, start:end]}
         output = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, return_dict=True, **inputs)
         cache = getattr(output, "past_key_values", None)
-        if cache is None and end < width:
+        if end < width and not _holds_only_keys_and_values(cache):
             raise ValueError(
-                f"scoring a text chunk by chunk needs a key-value cache, and {type(model).__name__} has none: raise "
-                f"chunk_bytes, here to {bytes_for(len(input_ids), vocab_size, width)}, so that one chunk holds it all"
+                f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has "
+                f"none: raise chunk_bytes, here to {bytes_for(len(input_ids), vocab_size, width)}, so that one chunk "
+                "holds it all"
             )
         logits = output.logits  # on the last device of a model that is spread over several
         scores, of_all = score_in_pieces(logits, targets[:, start:end].to(logits.device), top, chunk_bytes)
@@ -119,6 +120,12 @@ def score_columns(
         row, column = bad.nonzero()[0].tolist()
         raise nonfinite(row, 1 + (column if positions is None else int(positions[row, column])))
     return concatenate(parts), cache
+
+
+def _holds_only_keys_and_values(cache: Any) -> bool:
+    """Recurrent states, of hybrid models too, go on by one token, not by a chunk (transformers 5.23)."""
+    layers = getattr(cache, "layers", None)
+    return layers is not None and len(layers) > 0 and not any(hasattr(layer, "recurrent_states") for layer in layers)
 
 
 def nonfinite(row: int, position: int) -> ValueError:

@@ -110,7 +110,7 @@ def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tup
 
 def nucleus_mask(probs: Tensor, top_p: float | Tensor) -> Tensor:
     """(B, V) bool: the tokens that the rule keeps. probs: (B, V) float32."""
-    if not _may_look(probs):
+    if not may_look(probs):
         return _scattered(sorted_nucleus(probs, top_p), probs)
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
     mask = _scattered(nucleus, probs)
@@ -132,7 +132,7 @@ def sample_by_rank(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
     Equal to ``torch.multinomial`` over the sorted, renormalized probabilities when the noise is what
     ``torch.empty_like(probs).exponential_()`` draws from the same generator.
     """
-    if not _may_look(probs):
+    if not may_look(probs):
         return _race(sorted_nucleus(probs, top_p), noise, None)[0]
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
     draw, rank = _race(_shortest(nucleus), noise, None)
@@ -154,7 +154,7 @@ def sample_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
 
     Where equal probabilities straddle the nucleus' edge, the lower ids are kept, on every device.
     """
-    if not _may_look(probs):
+    if not may_look(probs):
         return _race_by_token(sorted_nucleus(probs, top_p, stable=True), noise, None)
     nucleus, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
     draw = _race_by_token(_shortest(nucleus), noise, None)
@@ -211,7 +211,7 @@ def _shortest(nucleus: Nucleus) -> Nucleus:
     return Nucleus(*(column[:, :wide] for column in nucleus))
 
 
-def _may_look(probs: Tensor) -> bool:
+def may_look(probs: Tensor) -> bool:
     """Reading a CPU tensor is a memory access; reading any other makes the host wait for the device."""
     return probs.device.type == "cpu"
 

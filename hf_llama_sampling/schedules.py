@@ -67,7 +67,8 @@ class Run:
         ends = [begin + limit for begin, limit in zip(begins, self.limits, strict=True)]
         self.begin = torch.tensor(begins, device=self.device)
         self.end = torch.tensor(ends, device=self.device)
-        self.done = torch.zeros(len(self.prompts), dtype=torch.bool, device=self.device)
+        # A row with nothing to generate is done from the start.
+        self.done = (self.end <= self.start) & self.limits_end_rows
         self.stopped = torch.full_like(self.begin, _NEVER)  # column after the one where EOS or a criterion ended it
         self.by_criterion = torch.zeros_like(self.done)
         self.first_bad = torch.full_like(self.begin, _NEVER)
@@ -146,7 +147,7 @@ class Step(LogitsProcessor):
         logits = scores.float()
         # A finite sum has finite terms. Processors may set -inf on purpose, never nan or +inf.
         probe = logits.amax(-1) if run.edited else logits.sum(-1)
-        bad = ~torch.isfinite(probe) & ~run.done
+        bad = ~torch.isfinite(probe) & ~run.done & (column < run.end)  # beyond its limit a row's logits mean nothing
         run.first_bad = torch.where(bad, run.first_bad.clamp(max=column), run.first_bad)
 
         draw = sample(logits, self.temperature, self.top_p, run.stream, column)
@@ -178,7 +179,7 @@ class Stop(StoppingCriteria):
         eos = running & torch.isin(input_ids[:, -1], run.eos)
         met = running & self.others(input_ids, scores, **kwargs).to(run.device) if self.others else eos
         run.stopped = torch.where(eos | met, width, run.stopped)
-        run.by_criterion |= met & ~eos
+        run.by_criterion |= met & ~eos & (width <= run.end)
         run.done = run.done | eos | met | (run.end <= width if run.limits_end_rows else False)
         return run.done
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from . import TEMPERATURE, TOP_P
+from . import TEMPERATURE, TOP_P, nucleus
 from . import noise as streams
+from .logprobs import nonfinite
 from .nucleus import Draw, nucleus_mask, sample_by_rank, sample_by_token, tempered
 
 Stream = streams.MetaStream | streams.LookAhead | streams.PromptStreams
@@ -134,21 +135,38 @@ class LlamaSampler(LogitsProcessor):
                 "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
             )
         self._set_up(len(scores), scores.device)
+        if nucleus.may_look(scores):
+            bad = ~torch.isfinite(scores.amax(-1))
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise nonfinite(row, input_ids.shape[1] - (self.pads[row] if self.pads else 0))
         draw = sample(scores.float(), *self.on_device, self.stream, input_ids.shape[1])
         return one_hot(draw.tokens, scores)
 
     def _set_up(self, rows: int, device: torch.device) -> None:
         """What a batch needs beside its logits, once: a copy from the host in every step would wait for the device."""
-        asked = (rows, device, self.temperature, self.top_p)
+        asked = (rows, device, *map(_frozen, (self.temperature, self.top_p, self.seeds)), self.generator)
         if self.made_for == asked:
             return
-        temperature = for_rows("temperature", self.temperature, rows, device)
-        self.on_device = (temperature, for_rows("top_p", self.top_p, rows, device))
-        if self.seeds is not None:
+        temperature = per_row("temperature", self.temperature, check_temperature)
+        top_p = per_row("top_p", self.top_p, check_top_p)
+        self.on_device = (
+            for_rows("temperature", temperature, rows, device),
+            for_rows("top_p", top_p, rows, device),
+        )
+        if self.seeds is None:
+            self.stream = streams.MetaStream(self.generator)
+        else:
             pads = self.pads or [0] * rows
             check_count("attention_mask", len(pads), rows)
             self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
         self.made_for = asked
+
+
+def _frozen(values: Any) -> Any:
+    """A setting as it is now, whatever is done to its list later."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return tuple(values) if isinstance(values, (list, tuple)) else values
 
 
 def sample(logits: Tensor, temperature: float | Tensor, top_p: float | Tensor, stream: Stream, column: int) -> Draw:
@@ -177,14 +195,23 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
         ids, LongTensor (B, 1).
 
     Raises:
-        ValueError: `p` is outside [0, 1], or `probs` is not of two dimensions.
+        ValueError: `p` is outside [0, 1], `probs` is not of two dimensions, or (seen on CPU alone) holds nan or inf.
     """
     if probs.dim() != 2:
         raise ValueError(
             f"probs must be of shape (B, V), got {tuple(probs.shape)}: add a batch dimension with probs[None]"
         )
-    noise = streams.MetaStream(generator).step(probs.shape, probs.device, 0)
-    return sample_by_rank(probs.float(), check_top_p(p), noise).tokens[:, None]
+    p, probs = check_top_p(p), probs.float()
+    if nucleus.may_look(probs) and not torch.isfinite(probs.sum(-1)).all():
+        raise ValueError("probs must be finite, but hold nan or inf: check the logits that they were made of")
+    if probs.is_contiguous():
+        noise = streams.MetaStream(generator).step(probs.shape, probs.device, 0)
+        return sample_by_rank(probs, p, noise).tokens[:, None]
+    # torch sorts ties, sums, and fills with random numbers in memory's order: in another layout keep to its own steps.
+    ordered, tokens = torch.sort(probs, dim=-1, descending=True)
+    ordered.masked_fill_(ordered.cumsum(-1) - ordered > p, 0.0)
+    ordered /= ordered.sum(-1, keepdim=True)
+    return tokens.gather(1, torch.multinomial(ordered, num_samples=1, generator=generator))
 
 
 def one_hot(tokens: Tensor, scores: Tensor) -> Tensor:

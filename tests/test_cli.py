@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_checkpoint import write
+from test_checkpoint import llama, write
 
 from hf_llama_sampling import Llama, __version__
 from hf_llama_sampling.cli import BUNDLED, main
@@ -90,9 +90,9 @@ def test_parity_takes_every_form_of_checkpoint(capsys, weights_file):
     assert load_model(weights_file, torch.float32, {"device_map": "cpu"}).config.vocab_size == 49152
 
 
-def test_parity_on_metas_folder(capsys, tmp_path, golden_model):
+def test_parity_on_metas_folder(capsys, tmp_path):
     """Meta's own format, without a tokenizer."""
-    write(tmp_path, golden_model)
+    write(tmp_path, llama())
     assert main(["parity", "--quick", "--model", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("parity: all equal")
 

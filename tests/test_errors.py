@@ -141,6 +141,8 @@ REFUSED = {
     "eos outside": ({"eos_token_id": 1024}, ValueError, ["eos_token_id", "from 0 to 1023", "got 1024"]),
     "eos negative": ({"eos_token_id": [2, -1]}, ValueError, ["eos_token_id", "got -1"]),
     "eos as text": ({"eos_token_id": "</s>"}, TypeError, ["eos_token_id must be an int", "'</s>'"]),
+    "token_type_ids": ({"token_type_ids": torch.zeros(2, 3)}, ValueError, ["token_type_ids", "leave it out"]),
+    "assistant": ({"assistant_model": "x"}, ValueError, ["assistant_model", "transformers' own model class"]),
     "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 2, 192)}, ValueError, ["inputs_embeds", "pass token ids"]),
     "unknown keyword": ({"temprature": 0.6}, TypeError, ["no keyword 'temprature'", "temperature"]),
     "unknown keyword without a neighbour": ({"zzzzqqq": 1}, TypeError, ["no keyword 'zzzzqqq'"]),
@@ -206,6 +208,14 @@ def test_score_tokens_refuses(tiny_model, prompts, given, says):
     with pytest.raises(ValueError) as refusal:
         tiny_model.score_tokens(prompts, **given)
     assert [part for part in says if part not in str(refusal.value)] == [], str(refusal.value)
+
+
+def test_a_cache_as_long_as_the_prompts_is_refused(tiny_model):
+    """The text that goes with a cache has at least one token that the cache does not hold."""
+    with torch.no_grad():
+        cache = tiny_model(torch.tensor([[1, 5, 6]])).past_key_values
+    with pytest.raises(ValueError, match="must hold fewer tokens than the prompts, got 3 for prompts of 3: pass the"):
+        tiny_model.generate([[1, 5, 6]], max_gen_len=2, past_key_values=cache)
 
 
 def test_a_generator_of_another_device_is_refused(tiny_model, monkeypatch):

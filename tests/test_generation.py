@@ -347,6 +347,34 @@ def test_finish_reasons_do_not_count_what_lies_beyond_the_limit(tiny_model):
         assert torch.equal(dense.sequences, pad.sequences)
 
 
+@pytest.mark.parametrize("asked", [{}, {"seeds": 1}, {"temperature": 0}])
+@pytest.mark.parametrize("schedule", ["dense", "padded"])
+def test_criteria_beyond_a_rows_limit_end_nothing_of_it(tiny_model, asked, schedule):
+    """A row that ran into its limit says so, also where a criterion is met later or nothing was to be made."""
+    late = [lambda ids, scores, **_: torch.full((len(ids),), ids.shape[1] >= 12)]
+    limits = {"max_gen_len": [2, 20], "eos_token_id": [], "schedule": schedule}
+    out = tiny_model.generate([[1, 5, 6], [1, 5, 6, 7, 8, 9]], stopping_criteria=late, **limits, **asked)
+    assert out.finish_reason == ["length", "stop"]
+    always = [lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)]
+    limits["max_gen_len"] = [0, 3]
+    out = tiny_model.generate([[1, 5, 6], [1, 5, 6]], stopping_criteria=always, **limits, **asked)
+    assert out.finish_reason == ["length", "stop"] and [len(row) for row in out.tokens] == [0, 1]
+
+
+def test_a_prompt_of_the_whole_length_leaves_the_generator_as_the_reference_does(tiny_model):
+    """It has nothing to generate, so no EOS of its own ends the reference's loop, whatever is drawn for it."""
+    prompts, eos = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8, 9, 10, 11]], list(range(1024))
+    theirs = torch.Generator().manual_seed(3)
+    tokens, _ = reference_generate(tiny_model, prompts, max_gen_len=5, max_seq_len=8, eos_ids=eos, generator=theirs)
+    for schedule in ("dense", "padded"):
+        ours = torch.Generator().manual_seed(3)
+        out = tiny_model.generate(
+            prompts, max_gen_len=5, max_seq_len=8, eos_token_id=eos, generator=ours, schedule=schedule
+        )
+        assert out.tokens == tokens
+        assert torch.equal(ours.get_state(), theirs.get_state()), schedule
+
+
 def test_nothing_to_generate(tiny_model):
     """max_gen_len 0: an empty answer, or with echo the prompt and its scores, alike in both schedules."""
     for schedule in ("dense", "padded"):
@@ -770,6 +798,28 @@ def test_editing_options_do_not_let_rows_see_each_other(tiny_model, editing):
         close(alone.logprobs, batch.logprobs[row : row + 1])
 
 
+@pytest.mark.parametrize(
+    ("editing", "schedule", "says"),
+    [
+        ({"encoder_repetition_penalty": 1.6}, "dense", 'whole prompts.*schedule="padded"'),
+        ({"guidance_scale": 1.5}, "dense", 'whole prompts.*schedule="padded"'),
+        ({"encoder_no_repeat_ngram_size": 2}, "dense", "whole prompts.*take prompts of one length"),
+        ({"encoder_no_repeat_ngram_size": 2}, "padded", "padding.*take prompts of one length"),
+        ({"encoder_no_repeat_ngram_size": 2}, "auto", "whole prompts.*take prompts of one length"),
+        ({"no_repeat_ngram_size": 2}, "padded", 'padding.*schedule="dense"'),
+    ],
+)
+def test_editing_options_that_would_see_other_rows_are_refused(tiny_model, editing, schedule, says):
+    """Where a ragged layout would show a processor a cut prompt or padding; prompts of one length are fine."""
+    (name,) = editing
+    asked = {"max_gen_len": 3, "seeds": 1, "schedule": schedule, **editing}
+    with pytest.raises(ValueError, match=f"{name}.*{says}"):
+        tiny_model.generate(RAGGED, **asked)
+    tiny_model.generate([SHORT, SHORT], **asked)
+    neutral = 0 if "ngram" in name else 1
+    tiny_model.generate(RAGGED, **{**asked, name: neutral})
+
+
 def test_a_processor_may_forbid_tokens(tiny_model):
     """-inf from a processor is its right; logprobs are of the edited logits, and the input is not touched."""
 
@@ -1093,6 +1143,21 @@ def test_with_llama_generation_takes_any_causal_model(other, tmp_path):
     assert pickle.loads(pickle.dumps(ours)).generate(prompts, seeds=1, **asked).tokens == dense.tokens
 
 
+def test_hybrid_models_are_scored_in_one_chunk():
+    """Recurrent states do not go on by chunks: what one chunk holds is right, and more is refused with the way out."""
+    config = transformers.Lfm2Config(
+        **GROUPED, layer_types=["conv", "full_attention"], conv_L_cache=3, block_auto_adjust_ff_dim=False
+    )
+    torch.manual_seed(0)
+    model = with_ours(transformers.Lfm2ForCausalLM(config).eval())
+    prompts = [[1], [1, 5], [1, 5, 6, 7, 8], [1, *range(9, 19)]]
+    alone = [model.score_tokens([prompt]).logprobs[0] for prompt in prompts]
+    out = model.generate(prompts, max_gen_len=2, echo=True, logprobs=True, seeds=1)
+    close([row[: len(prompt)] for row, prompt in zip(out.logprobs, prompts, strict=True)], alone)
+    with pytest.raises(ValueError, match="keys and values alone, and Lfm2ForCausalLM has none: raise chunk_bytes"):
+        model.generate(prompts, max_gen_len=2, echo=True, logprobs=True, seeds=1, chunk_bytes=1)
+
+
 def test_encoder_decoders_are_refused():
     """LLAMA2's loop continues its own prompt."""
     config = transformers.T5Config(
@@ -1204,6 +1269,15 @@ def test_bad_logits_of_a_row_that_is_done_are_nobodys(tiny_model):
         tiny_model.generate([SHORT, SHORT], eos_token_id=[stop], **asked)
 
 
+@pytest.mark.parametrize("schedule", ["dense", "padded"])
+@pytest.mark.parametrize("asked", [{}, {"seeds": 1}, {"temperature": 0}])
+def test_bad_logits_of_a_row_with_nothing_to_generate_are_nobodys(tiny_model, asked, schedule):
+    """A row with limit 0 answers nothing, whatever its logits, and its neighbour goes on."""
+    with Plant(tiny_model, 0, 2, math.nan):
+        out = tiny_model.generate([SHORT, SHORT], max_gen_len=[0, 3], eos_token_id=[], schedule=schedule, **asked)
+    assert [len(row) for row in out.tokens] == [0, 3]
+
+
 def test_a_processor_that_leaves_nothing_is_named(tiny_model):
     """-inf everywhere, or a nan, from a processor."""
 
@@ -1273,7 +1347,7 @@ def as_on_another_device(monkeypatch):
     def by_torch(tokens, key, salt):
         return noise.philox2x32(tokens, salt, key)
 
-    monkeypatch.setattr(nucleus, "_may_look", lambda probs: False)
+    monkeypatch.setattr(nucleus, "may_look", lambda probs: False)
     monkeypatch.setattr(noise, "_words_in_numpy", by_torch)
     monkeypatch.setattr(noise, "_a_word_makes_a_value", lambda: False)
 

@@ -89,6 +89,25 @@ def test_sample_top_p_equals_the_reference_bit_for_bit(p):
     assert rows * 6 > 100_000
 
 
+@pytest.mark.parametrize("shape", [(300, 4), (9000, 3), (40000, 2)])
+def test_sample_top_p_equals_the_reference_in_any_layout(shape):
+    """torch sorts and draws in memory's order, so a transposed tensor has other draws, and ties in another order."""
+    generator = torch.Generator().manual_seed(4)
+    for seed in range(20):
+        probs = torch.softmax((torch.randn(shape, generator=generator) * 2).round(), dim=0).t()
+        ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+        drawn = sample_top_p(probs, 0.9, generator=ours)
+        assert torch.equal(drawn, reference_sample_top_p(probs, 0.9, generator=theirs))
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sample_top_p_refuses_what_is_no_distribution(value):
+    """As the reference's multinomial does."""
+    with pytest.raises(ValueError, match="probs must be finite"):
+        sample_top_p(torch.tensor([[0.5, 0.5], [value, 0.5]]), 0.9)
+
+
 def test_sample_top_p_draws_from_the_global_generator():
     """Without a generator, torch's global one gives the reference's token and is left as the reference leaves it."""
     probs = torch.softmax(torch.randn(5, 300) * 3, dim=-1)
@@ -186,7 +205,7 @@ def test_without_looking_the_answers_are_the_same(monkeypatch, p):
             looking = [sample_by_rank(probs, p, by_rank), sample_by_token(probs, p, by_token)]
             mask = nucleus_mask(probs, p)
             with monkeypatch.context() as patch:
-                patch.setattr(nucleus, "_may_look", lambda probs: False)
+                patch.setattr(nucleus, "may_look", lambda probs: False)
                 blind = [sample_by_rank(probs, p, by_rank), sample_by_token(probs, p, by_token)]
                 assert torch.equal(mask, nucleus_mask(probs, p))
             for one, other in zip(looking, blind, strict=True):

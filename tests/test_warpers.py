@@ -414,3 +414,40 @@ def test_the_ladder_reports_the_probability_drawn_with():
     draw = sample(scores, 0.0, 0.5, stream, 0)
     assert draw.tokens.tolist() == [0]
     assert draw.probs.tolist() == [1.0]
+
+
+def test_the_sampler_draws_by_its_settings_as_they_are():
+    """Attributes that are set anew, or changed in place, count from the next call on, and are checked."""
+    ids, logits = torch.ones(2, 5).long(), torch.randn(2, 500) * 2
+
+    def drawn(sampler):
+        return sampler(ids, logits).argmax(-1).tolist()
+
+    sampler = LlamaSampler([1.0, 1.0], seeds=1)
+    drawn(sampler)
+    sampler.seeds = 9
+    assert drawn(sampler) == drawn(LlamaSampler(1.0, seeds=9))
+    sampler.temperature[0] = 0
+    assert drawn(sampler) == drawn(LlamaSampler([0, 1.0], seeds=9))
+    sampler.top_p = torch.tensor([0.1, 0.2])
+    assert drawn(sampler) == drawn(LlamaSampler([0, 1.0], [0.1, 0.2], seeds=9))
+    sampler.seeds, sampler.generator = None, torch.Generator().manual_seed(3)
+    again = LlamaSampler([0, 1.0], [0.1, 0.2], generator=torch.Generator().manual_seed(3))
+    assert drawn(sampler) == drawn(again)
+    sampler.temperature = -1.0
+    with pytest.raises(ValueError, match=r"temperature must be 0 \(greedy\).*-1.0"):
+        drawn(sampler)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_sampler_names_bad_logits(value):
+    """Row and position, counted from the row's first real token; -inf is a processor's right."""
+    ids, logits = torch.ones(2, 5).long(), torch.randn(2, 50)
+    logits[0, :40] = float("-inf")
+    LlamaSampler()(ids, logits)
+    logits[1, 3] = value
+    with pytest.raises(ValueError, match="position 5 of row 1 hold nan or inf"):
+        LlamaSampler()(ids, logits)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="position 3 of row 1 hold nan or inf"):
+        LlamaSampler(seeds=1, attention_mask=mask)(ids, logits)

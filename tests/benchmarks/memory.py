@@ -124,7 +124,7 @@ def _per_step(run: Callable[[int], None]) -> tuple[float, float]:
     """Waits and operations per step of a run of so many steps, as where neither NumPy nor a look at a value will do."""
     counts = []
     with (
-        mock.patch.object(nucleus, "_may_look", lambda probs: False),
+        mock.patch.object(nucleus, "may_look", lambda probs: False),
         mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
         mock.patch.object(noise, "_a_word_makes_a_value", lambda: False),
     ):

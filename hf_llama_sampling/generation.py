@@ -283,12 +283,12 @@ class LlamaGenerationMixin(GenerationMixin):
         ids, mask = run.layout()
         others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
         own_cache = call.to_model.get("past_key_values") is not None
-        if own_cache:
-            arguments.check_cache(call.to_model["past_key_values"], run.start)
         if own_cache and run.longest != run.shortest and not run.padded:
             raise ValueError(
                 'past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache'
             )
+        if own_cache:
+            arguments.check_cache(call.to_model["past_key_values"], run.start)
         # A cache of ours can be handed on unless the call says what cache to use.
         other_cache = (
             any(call.options.get(name) for name in arguments.CACHING) or call.options.get("use_cache") is False

@@ -11,6 +11,7 @@ What this module does not do: it knows neither model nor processes, but for one 
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -205,6 +206,21 @@ class RunFolder:
         if self.output.exists() and not stat.S_ISREG(self.output.stat().st_mode):
             raise Refused(f'the output must be a file, and {str(self.output)!r} is none: name one, or "-"')
 
+    def refuse_input(self, file: BinaryIO, name: object) -> None:
+        """Refuse an input that the run would write over: the output itself, by whatever name, or a file of the run.
+
+        Raises:
+            Refused: `file` is one of them.
+        """
+        status = os.fstat(file.fileno())
+        for path in (self.output, *sorted(self.folder.glob("*"))):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(status, path.stat()):
+                    raise Refused(
+                        f"the output must not stand on the input, and {str(path)!r} is the input {str(name)!r}: name "
+                        "another output"
+                    )
+
     def parts(self) -> list[Path]:
         """All part files, also those of processes that this run does not have."""
         return sorted(self.folder.glob("part-*"))
@@ -232,16 +248,17 @@ class RunFolder:
         Raises:
             Refused: it was not made with this input and these settings.
         """
+        exists = self.output.exists()
+        try:
+            old = self._old_claim()
+        except Refused:
+            if existing != "restart":
+                raise
+            old = None
+        self._refuse_foreign_files(old)
         if existing == "restart":
             return "new"
-        old = self._old_claim()
-        exists = self.output.exists()
         if old is None:
-            if exists:
-                raise Refused(
-                    f"the output {str(self.output)!r} exists, and nothing tells what it was made of: name another, or "
-                    'replace it with existing="restart" (--existing restart)'
-                )
             return "kept"
         if not exists and not any(part.stat().st_size for part in self.parts()):
             return "new"
@@ -256,12 +273,27 @@ class RunFolder:
             return "kept"
         if not exists:
             return "new"
-        if not whole_output:
-            raise Refused(
-                f"the output {str(self.output)!r} was changed after it was complete: name another, or replace it with "
-                'existing="restart" (--existing restart)'
-            )
         return "complete"
+
+    def _refuse_foreign_files(self, old: dict[str, Any] | None) -> None:
+        """Refuse to write over anything that no run made: a run replaces its own output and its own folder only."""
+        if not self.claim_file.exists():
+            unknown = [path for path in self.folder.glob("*") if not path.match("part-*") or path.stat().st_size]
+            if unknown:
+                raise Refused(
+                    f"the folder {str(self.folder)!r} is needed for the files of the run, and {unknown[0].name!r} in "
+                    "it is not a run's: name another output, or move the folder away"
+                )
+        if self.output.exists() and not self._is_ours(old):
+            raise Refused(
+                f"the output {str(self.output)!r} exists, and no run made it as it is: name another output, or move "
+                "the file away"
+            )
+
+    def _is_ours(self, old: dict[str, Any] | None) -> bool:
+        """Whether the output holds the very bytes that the run wrote, or was about to write when it was killed."""
+        digests = (old or {}).get("outputs", [])
+        return bool(digests) and _digest_of(self.output) in digests
 
     def _old_claim(self) -> dict[str, Any] | None:
         try:
@@ -292,6 +324,9 @@ class RunFolder:
             Refused: another run is at work here.
             ValueError: a part file is corrupted.
         """
+        outputs: list[str] = []  # digests of what may stand there as the run's own output
+        with contextlib.suppress(Refused):
+            outputs = (self._old_claim() or {}).get("outputs", [])
         with _explained(f"the output {str(self.output)!r} cannot be written"):
             for path in self.parts():
                 if path != mine:
@@ -305,7 +340,7 @@ class RunFolder:
                 repair(path)
             for process in range(processes):
                 (self.folder / f"part-{process:05d}").touch()
-            _write(self.claim_file, _pretty({**claim, "complete": False}))
+            _write(self.claim_file, _pretty({**claim, "complete": False, "outputs": outputs}))
 
     def _reuse_output(self) -> None:
         """The answers of a complete output as a part file, without its errors."""
@@ -351,15 +386,20 @@ class RunFolder:
                 "emptied during the run: the same command makes them again, and keeps the others"
             )
         with _explained(f"the output {str(self.output)!r} cannot be written"):
-            size = self._merge(paths, which, where)
+            with _replacing(self.output, self.folder / "merged") as merged:
+                self._merge(merged, paths, which, where)
+                merged.flush()
+                made, size = _digest_of(self.folder / "merged"), merged.tell()
+                outputs = [*(self._old_claim() or {}).get("outputs", []), made]
+                _write(self.claim_file, _pretty({**claim, "complete": False, "outputs": outputs}))
             _write(self.keys_file, survey.keys.astype("<u8").tobytes())
-            found = {"complete": True, "output_bytes": size, "errors": errors, "tokens": tokens}
+            found = {"complete": True, "outputs": [made], "output_bytes": size, "errors": errors, "tokens": tokens}
             _write(self.claim_file, _pretty({**claim, **found}))
         return self.finished()
 
-    def _merge(self, paths: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]) -> int:
-        """Bytes written. Reads here and there, though within a window: parts are in the order of work."""
-        with contextlib.ExitStack() as stack, _replacing(self.output, self.folder / "merged") as merged:
+    def _merge(self, merged: BinaryIO, paths: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]) -> None:
+        """Reads here and there, though within a window: parts are in the order of work."""
+        with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(path, "rb")) for path in paths]
             for number, offset in zip(which, where, strict=True):
                 files[number].seek(int(offset))
@@ -367,7 +407,6 @@ class RunFolder:
                 if line is None:
                     raise corrupted(paths[number], int(offset))
                 merged.write(line.json + b"\n")
-            return merged.tell()
 
     def finished(self) -> Summary:
         """The summary of a complete output, whose part files are removed."""
@@ -455,6 +494,14 @@ def _replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         raise
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 16), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -159,10 +159,11 @@ def run(
         )
     if state.num_processes > 1 and STREAM in (str(input), str(output)):
         raise Refused(f"standard streams belong to one process, but this run has {state.num_processes}: name files")
-    with _opened(input) as file:
+    folder = None if str(output) == STREAM else RunFolder(output)
+    with _opened(input, folder) as file:
         survey = Survey(file, asker.settings)
         worker = _Worker(asker, file, survey, state, strict=strict, rows=rows, tokens=batch_tokens, window=window)
-        summary = _to_stream(worker) if str(output) == STREAM else _to_file(worker, RunFolder(output), existing)
+        summary = _to_stream(worker) if folder is None else _to_file(worker, folder, existing)
     return summary._replace(seconds=time.monotonic() - start)
 
 
@@ -294,9 +295,16 @@ class Shares:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The input as a file that can be read more than once; a stream is put into a temporary file."""
+def _opened(path: str | Path, folder: RunFolder | None) -> Iterator[BinaryIO]:
+    """The input as a file that can be read more than once; a stream is put into a temporary file.
+
+    Raises:
+        Refused: it cannot be read, or is a file that the run would write.
+    """
     if str(path) == STREAM:
+        with contextlib.suppress(OSError):  # a standard input without a file
+            if folder is not None:
+                folder.refuse_input(sys.stdin.buffer, "standard input")
         with _spooled(sys.stdin.buffer) as spooled:
             yield spooled
         return
@@ -305,6 +313,8 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise Refused(f"the input cannot be read: {str(path)!r}: {error.strerror}: check the path") from error
     with file:
+        if folder is not None:
+            folder.refuse_input(file, path)
         if file.seekable():
             yield file
         elif processes().num_processes > 1:
@@ -740,11 +750,10 @@ def main(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Lla
 
 def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Llama], state: PartialState) -> Summary:
     # What is wrong with the files shows before the weights are loaded.
+    folder = None if arguments.output == STREAM else RunFolder(arguments.output)
     if arguments.input != STREAM:
-        with _opened(arguments.input):
+        with _opened(arguments.input, folder):
             pass
-    if arguments.output != STREAM:
-        RunFolder(arguments.output)
     if state.num_processes > 1 and arguments.device_map is None and state.device.type != "cpu":
         arguments.device_map = str(state.device)
     return run(

@@ -201,6 +201,14 @@ class LlamaGenerationMixin(GenerationMixin):
             **extras,
         )
 
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Never load a checkpoint's own `generate`: this class has its own, and no code of a checkpoint is run.
+
+        Raises:
+            OSError: always; transformers takes it to mean that the checkpoint has none.
+        """
+        raise OSError("a class with LLAMA2's generate takes none from a checkpoint")
+
     def _plan(
         self,
         prompts: list[list[int]],

@@ -20,6 +20,7 @@ from .arguments import Schedule, context_of, eos_ids_of, one_of, vocab_size_of, 
 from .checkpoint import is_meta_folder, load_meta_checkpoint
 from .dialog import UNSAFE_ERROR, Dialog, Message, dialog_tokens, is_unsafe
 from .generation import LlamaForCausalLM, LlamaGenerateOutput, with_llama_generation
+from .loading import from_pretrained
 from .tokenizer import TokenizerLike, TransformersTokenizer, is_hub_id, load_tokenizer
 from .trimming import Compat
 
@@ -456,7 +457,8 @@ def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, 
         raise FileNotFoundError(f"a checkpoint is a folder, a GGUF file or a Hub id, and {str(name)!r} does not exist")
     source = str(path) if path.exists() else str(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement).eval()
+        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
+        return model.eval()
     except OSError as error:
         if path.exists():
             raise

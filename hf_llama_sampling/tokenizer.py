@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex, TypeGuard, runtime_ch
 
 from sentencepiece import SentencePieceProcessor
 
+from .loading import from_pretrained
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -167,7 +169,7 @@ def _from_pretrained(name: str, **options: str) -> TransformersTokenizer:
     from transformers import AutoTokenizer  # seconds to import, and a SentencePiece file does without
 
     try:
-        return TransformersTokenizer(AutoTokenizer.from_pretrained(name, **options))
+        return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
     except OSError as error:
         raise FileNotFoundError(
             f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r}: check "

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -379,15 +380,13 @@ def test_files_of_others_are_not_touched(llama, tmp_path):
     source = write(tmp_path / "in", some_records(2))
     mine = tmp_path / "mine"
     mine.write_text("precious")
-    with pytest.raises(Refused, match="nothing tells what it was made of"):
+    with pytest.raises(Refused, match="no run made it as it is"):
         batch.run(llama, source, mine, **SETTINGS)
     assert mine.read_text() == "precious"
-    with pytest.raises(Refused, match="nothing tells"):
-        batch.run(llama, source, source, **SETTINGS)
     batch.run(llama, source, tmp_path / "out", **SETTINGS)
     with open(tmp_path / "out", "a") as file:
         file.write("edited")
-    with pytest.raises(Refused, match="was changed after it was complete"):
+    with pytest.raises(Refused, match="no run made it as it is"):
         batch.run(llama, source, tmp_path / "out", **SETTINGS)
     (tmp_path / "out.run" / "run.json").write_text("{")
     with pytest.raises(Refused, match=r"run\.json.* is corrupted"):
@@ -928,3 +927,50 @@ def test_golden_model_needs_no_tokenizer_of_its_own(golden_model, tmp_path):
     answers = ask_all(Llama(golden_model, Letters()), tmp_path, [{"prompt": "abc"}, {"prompt": "123"}])
     assert len(answers[0]["tokens"]) == 12 and answers[0]["finish_reason"] == "length"
     assert "error" in answers[1]
+
+
+@pytest.mark.parametrize("existing", ["check", "reuse", "restart"])
+def test_no_output_stands_on_an_input_or_on_a_file_of_others(llama, tmp_path, existing):
+    """Whatever `existing` says, and by whatever name: inputs and files of others stay as they are."""
+    source = write(tmp_path / "in", some_records(2))
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "hard").hardlink_to(source)
+    before = Path(source).read_bytes()
+    for name in ("in", "link", "hard"):
+        with pytest.raises(Refused, match="must not stand on the input") as caught:
+            batch.run(llama, source, tmp_path / name, **SETTINGS, existing=existing)
+        assert "restart" not in str(caught.value)
+    batch.run(llama, source, tmp_path / "out", **SETTINGS)
+    with pytest.raises(Refused, match="must not stand on the input"):
+        batch.run(llama, tmp_path / "out", tmp_path / "out", **SETTINGS, existing=existing)
+    with pytest.raises(Refused, match="must not stand on the input"):
+        batch.run(llama, tmp_path / "out.run" / "run.json", tmp_path / "out", **SETTINGS, existing=existing)
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "taken.run").mkdir()
+    (tmp_path / "taken.run" / "keys").write_text("precious")
+    for name in ("mine", "taken"):
+        with pytest.raises(Refused, match="name another output, or move the f"):
+            batch.run(llama, source, tmp_path / name, **SETTINGS, existing=existing)
+    edited = (tmp_path / "out").read_bytes().replace(b"tokens", b"tokenz")
+    (tmp_path / "out").write_bytes(edited)
+    with pytest.raises(Refused, match="no run made it as it is"):
+        batch.run(llama, source, tmp_path / "out", **SETTINGS, existing=existing)
+    assert (tmp_path / "out").read_bytes() == edited
+    assert Path(source).read_bytes() == before
+    assert {(tmp_path / "mine").read_text(), (tmp_path / "taken.run" / "keys").read_text()} == {"precious"}
+
+
+def test_no_output_stands_on_the_file_behind_standard_input(tmp_path):
+    """`batch - FILE < FILE` is refused too, by the command, before a model is loaded."""
+    source = write(tmp_path / "in", some_records(2))
+    before = Path(source).read_bytes()
+    for source_name in ("-", str(source)):
+        with open(source, "rb") as stdin:
+            ran = subprocess.run(
+                [sys.executable, "-m", "hf_llama_sampling", "batch", source_name, str(source), "--existing", "restart"],
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+            )
+        assert ran.returncode == 2 and "must not stand on the input" in ran.stderr
+    assert Path(source).read_bytes() == before

@@ -12,6 +12,7 @@ test: .venv/tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
 benchmarks: .venv/installed

@@ -3,41 +3,38 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-TEMPERATURE = 0.6  # the reference's defaults, written once
-TOP_P = 0.9
+from .defaults import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .dialog import Dialog as Dialog
-    from .dialog import Message as Message
-    from .dialog import Role as Role
-    from .generation import LlamaForCausalLM as LlamaForCausalLM
-    from .generation import LlamaGenerateOutput as LlamaGenerateOutput
-    from .generation import LlamaGenerationMixin as LlamaGenerationMixin
-    from .generation import LlamaScoreOutput as LlamaScoreOutput
-    from .generation import with_llama_generation as with_llama_generation
-    from .llama import ChatPrediction as ChatPrediction
-    from .llama import CompletionPrediction as CompletionPrediction
-    from .llama import Llama as Llama
-    from .tokenizer import Tokenizer as Tokenizer
-    from .warpers import LlamaSampler as LlamaSampler
-    from .warpers import LlamaTemperatureLogitsWarper as LlamaTemperatureLogitsWarper
-    from .warpers import LlamaTopPLogitsWarper as LlamaTopPLogitsWarper
-    from .warpers import sample_top_p as sample_top_p
+    from .generation.mixin import LlamaForCausalLM as LlamaForCausalLM
+    from .generation.mixin import LlamaGenerateOutput as LlamaGenerateOutput
+    from .generation.mixin import LlamaGenerationMixin as LlamaGenerationMixin
+    from .generation.mixin import LlamaScoreOutput as LlamaScoreOutput
+    from .generation.mixin import with_llama_generation as with_llama_generation
+    from .llama.dialog import Dialog as Dialog
+    from .llama.dialog import Message as Message
+    from .llama.dialog import Role as Role
+    from .llama.llama import ChatPrediction as ChatPrediction
+    from .llama.llama import CompletionPrediction as CompletionPrediction
+    from .llama.llama import Llama as Llama
+    from .llama.tokenizer import Tokenizer as Tokenizer
+    from .sampling.processors import LlamaSampler as LlamaSampler
+    from .sampling.processors import LlamaTemperatureLogitsWarper as LlamaTemperatureLogitsWarper
+    from .sampling.processors import LlamaTopPLogitsWarper as LlamaTopPLogitsWarper
+    from .sampling.processors import sample_top_p as sample_top_p
 
 _HOMES = {
-    "dialog": ["Dialog", "Message", "Role"],
-    "generation": [
+    "llama.dialog": ["Dialog", "Message", "Role"],
+    "generation.mixin": [
         "LlamaForCausalLM",
         "LlamaGenerateOutput",
         "LlamaGenerationMixin",
         "LlamaScoreOutput",
         "with_llama_generation",
     ],
-    "llama": ["ChatPrediction", "CompletionPrediction", "Llama"],
-    "tokenizer": ["Tokenizer"],
-    "warpers": ["LlamaSampler", "LlamaTemperatureLogitsWarper", "LlamaTopPLogitsWarper", "sample_top_p"],
+    "llama.llama": ["ChatPrediction", "CompletionPrediction", "Llama"],
+    "llama.tokenizer": ["Tokenizer"],
+    "sampling.processors": ["LlamaSampler", "LlamaTemperatureLogitsWarper", "LlamaTopPLogitsWarper", "sample_top_p"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

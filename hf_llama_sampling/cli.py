@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import TEMPERATURE, TOP_P, __version__
+from .defaults import TEMPERATURE, TOP_P, __version__
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
 GEN_LEN = 128
@@ -71,9 +71,9 @@ def complete(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk with the model, line by line, until /exit, Ctrl-D or Ctrl-C."""
-    from .dialog import UNSAFE_ERROR, Message, is_unsafe
-    from .llama import TextStreamer
-    from .warpers import check_temperature, check_top_p
+    from .checks import check_temperature, check_top_p
+    from .llama.dialog import UNSAFE_ERROR, Message, is_unsafe
+    from .llama.llama import TextStreamer
 
     check_temperature(arguments.temperature)
     check_top_p(arguments.top_p)
@@ -130,7 +130,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def batch(arguments: argparse.Namespace) -> int:
     """Answer the records of a JSONL file."""
-    from .batch import main
+    from .batch.runner import main
 
     return main(arguments, _load)
 
@@ -140,8 +140,8 @@ def parity(arguments: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from .generation import with_llama_generation
-    from .llama import load_model
+    from .generation.mixin import with_llama_generation
+    from .llama.llama import load_model
     from .parity import checks
 
     transformers.utils.logging.disable_progress_bar()
@@ -161,7 +161,7 @@ def parity(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from .llama import Llama  # torch and transformers take seconds to import; --help should not
+    from .llama.llama import Llama  # torch and transformers take seconds to import; --help should not
 
     _quiet()
     with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else _Nowhere()):
@@ -271,7 +271,7 @@ def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
         "2 if the run was refused.",
     )
     if with_batch:
-        from .batch import add_arguments
+        from .batch.runner import add_arguments
 
         add_arguments(sub)
         _model_options(sub, compat=False)

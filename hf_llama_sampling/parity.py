@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import eos_ids_of, vocab_size_of
+from .generation.options import eos_ids_of, vocab_size_of
 from .reference import reference_generate, reference_sample_top_p
-from .warpers import sample_top_p
+from .sampling.processors import sample_top_p
 
 LOGPROB_BOUND = 1e-4  # two correct float32 implementations were seen within 6e-6 of one another
 
@@ -39,7 +39,7 @@ def checks(model: Any, *, rows: int = 2000, batches: int = 8, seed: int = 0) -> 
         seed: of the prompts and the draws.
     """
     yield draws(model.device, rows, seed)
-    for schedule in ("dense", "padded"):
+    for schedule in ("reference", "padded"):
         yield generation(model, schedule, batches, seed)
     yield streams(model, batches, seed)
 

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 import transformers
-from benchmarks import __main__ as benchmarks
-from benchmarks import loops, memory
-from benchmarks.measure import Effort, Waits, line, peak_bytes
-from conftest import TINY
+
+from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks import loops, memory
+from tests.benchmarks.measure import Effort, Waits, line, peak_bytes
+from tests.conftest import TINY
 
 SMALL = benchmarks.QUICK._replace(
     vocabularies=(500,),
@@ -113,7 +114,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 def test_the_plot(models, tmp_path):
     """A picture of cost against length and vocabulary."""
-    from benchmarks.plot import plot
+    from tests.benchmarks.plot import plot
 
     lengths, vocabularies = SMALL.plotted
     plot(tmp_path / "costs.png", models, EFFORT, lengths=lengths, vocabularies=vocabularies)

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from test_checkpoint import llama, write
 
 from hf_llama_sampling import Llama, __version__
 from hf_llama_sampling.cli import BUNDLED, main
-from hf_llama_sampling.llama import load_model
+from hf_llama_sampling.llama.llama import load_model
+from tests.llama.test_checkpoint import llama, write
 
 
 def run(*arguments, stdin=""):
@@ -99,7 +99,7 @@ def test_parity_on_metas_folder(capsys, tmp_path):
 
 def test_parity_notices_a_difference(capsys, monkeypatch):
     """A sampler that keeps another nucleus does not pass."""
-    import hf_llama_sampling.schedules as schedules
+    import hf_llama_sampling.generation.loop as schedules
 
     right = schedules.sample
     monkeypatch.setattr(

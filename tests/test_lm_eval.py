@@ -1,9 +1,9 @@
 """`score_tokens` against lm-evaluation-harness, an independent implementation of the same figure."""
 
 import pytest
-from conftest import TINY
 
 from hf_llama_sampling import Tokenizer
+from tests.conftest import TINY
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: install the extra lm-eval")
 # The harness' own imports, and the libraries that it pulls in, warn on their own account.

@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 import torch
-from conftest import HERE, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama_sampling
+from tests.conftest import HERE, TINY
 
 SURFACE = [
     "ChatPrediction",
@@ -37,7 +37,7 @@ def test_public_surface():
     assert all(getattr(hf_llama_sampling, name).__doc__ for name in SURFACE if name not in ("Dialog", "Role"))
 
 
-@pytest.mark.parametrize("module", ["trimming", "dialog", "tokenizer"])
+@pytest.mark.parametrize("module", ["generation.trimming", "llama.dialog", "llama.tokenizer"])
 def test_pure_modules_do_not_import_torch(module):
     """They can be loaded, and read, without the rest."""
     code = (

@@ -15,7 +15,7 @@ def prompts(weights_tokenizer):
     return [weights_tokenizer(text).input_ids for text in TEXTS]
 
 
-@pytest.mark.parametrize("schedule", ["dense", "padded"])
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
 def test_sampled_ragged_echo_and_logprobs(weights, prompts, schedule):
     """Same seed, same tokens as the plain loop; logprobs within float32 rounding of 30 layers."""
     settings = {"max_gen_len": 16, "temperature": 0.8, "top_p": 0.9, "echo": True, "logprobs": True}

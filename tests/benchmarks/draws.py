@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from hf_llama_sampling.noise import MetaStream, PromptStreams
 from hf_llama_sampling.reference import reference_sample_top_p
-from hf_llama_sampling.warpers import sample
+from hf_llama_sampling.sampling.processors import sample
+from hf_llama_sampling.sampling.streams import MetaStream, PromptStreams
 
 from .measure import Effort, Line, in_turn, line
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from hf_llama_sampling import with_llama_generation
+from hf_llama_sampling.generation.loop import left_padded
 from hf_llama_sampling.reference import reference_generate
-from hf_llama_sampling.schedules import left_padded
 
 from .measure import Effort, Line, in_turn, line, seconds
 
@@ -194,9 +194,9 @@ def ragged_against_the_reference(models: Models, effort: Effort, batch: Ragged) 
             top_p=TOP_P,
         )
 
-    padded, dense, loop = in_turn([lambda: ours("auto"), lambda: ours("dense"), reference], effort)
+    padded, dense, loop = in_turn([lambda: ours("auto"), lambda: ours("reference"), reference], effort)
     what = f"{batch}, Meta's stream"
-    yield line(what, 'the reference\'s schedule at its best: `schedule="dense"`', 0.25, padded, dense)
+    yield line(what, 'the reference\'s schedule at its best: `schedule="reference"`', 0.25, padded, dense)
     yield line(what, "the reference's loop", 0.25, padded, loop)
 
 

@@ -7,9 +7,10 @@ from unittest import mock
 import torch
 import transformers
 
-from hf_llama_sampling import noise, nucleus
-from hf_llama_sampling.noise import LookAhead
-from hf_llama_sampling.schedules import left_padded
+from hf_llama_sampling.generation.loop import left_padded
+from hf_llama_sampling.sampling import fast_path as nucleus
+from hf_llama_sampling.sampling import streams as noise
+from hf_llama_sampling.sampling.streams import LookAhead
 
 from .loops import TEMPERATURE, TOP_P, Models, Ragged, ours_with_logprobs, plain_scores, transformers_recipe
 from .measure import Line, Waits, peak_bytes
@@ -124,7 +125,7 @@ def _per_step(run: Callable[[int], None]) -> tuple[float, float]:
     """Waits and operations per step of a run of so many steps, as where neither NumPy nor a look at a value will do."""
     counts = []
     with (
-        mock.patch.object(nucleus, "may_look", lambda probs: False),
+        mock.patch.object(nucleus, "on_cpu", lambda probs: False),
         mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
         mock.patch.object(noise, "_a_word_makes_a_value", lambda: False),
     ):

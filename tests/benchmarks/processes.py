@@ -22,8 +22,8 @@ import torch
 
 from hf_llama_sampling import Llama
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from batch_processes import run
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.batch.processes import run
 
 WORDS = ["the", "king", "and", "queen", "of", "love", "to", "thee", "my", "lord", "what", "shall", "I", "say"]
 

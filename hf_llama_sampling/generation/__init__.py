@@ -1,0 +1,1 @@
+"""`generate` and scoring on token ids, on transformers' public API."""

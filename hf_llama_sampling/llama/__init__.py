@@ -1,0 +1,1 @@
+"""The `llama`-compatible API: text, dialogs, tokenizers and checkpoints."""

@@ -1,0 +1,52 @@
+"""Every example runs on the bundled model, launched as its docstring says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import HERE, TINY
+
+EXAMPLES = HERE.parent / "examples"
+ARGUMENTS = {
+    "text_completion.py": [TINY, TINY / "tokenizer.model"],
+    "chat_completion.py": [TINY, TINY / "tokenizer.model"],
+    "warpers_in_transformers.py": [TINY],
+    "prompt_logprobs.py": [TINY],
+}
+
+
+def launch(name, *arguments):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_example_runs(name):
+    """It ends without an error and prints an answer."""
+    assert len(launch(name, *ARGUMENTS[name])) > 60
+
+
+def test_every_example_is_run():
+    """A new example needs a line here."""
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*ARGUMENTS, "train_tiny_llama.py"}
+
+
+def test_training_writes_a_model_that_loads(tmp_path):
+    """Two steps on a small text write a complete folder: weights, both tokenizers, and a card with the figures."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_llama_sampling import Tokenizer
+
+    words = ["the", "king", "and", "queen", "of", "every", "land", "shall", "speak", "with", "hope", "or", "sorrow"]
+    lines = [" ".join(words[(i * k + k) % len(words)] for k in range(1, 9)) for i in range(400)]
+    text = tmp_path / "plays.txt"
+    text.write_text("\n\n".join(f"SPEAKER {i % 7}:\n{line}, {i}" for i, line in enumerate(lines)))
+    launch("train_tiny_llama.py", text, tmp_path / "out", "--steps", "2", "--vocab", "320")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain, fast = Tokenizer(tmp_path / "out" / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == plain.n_words == len(fast)
+    for sample in ("SPEAKER 1:\nthe king", "  two spaces", "\u00e9 \U0001f642"):
+        assert fast(sample).input_ids == plain.encode(sample, bos=True, eos=False)
+    assert "unigram baseline" in (tmp_path / "out" / "README.md").read_text()

@@ -258,7 +258,7 @@ def test_a_gguf_file_is_given_to_transformers(monkeypatch, tmp_path):
     )
     (tmp_path / "m.gguf").touch()
     load_tokenizer(tmp_path / "m.gguf")
-    assert asked == [((str(tmp_path),), {"gguf_file": "m.gguf"})]
+    assert asked == [((str(tmp_path),), {"trust_remote_code": False, "gguf_file": "m.gguf"})]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .defaults import TEMPERATURE, TOP_P, __version__
+from .defaults import BATCH_SIZE, BATCH_TOKENS, TEMPERATURE, TOP_P, WINDOW, __version__
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
 GEN_LEN = 128
@@ -21,8 +21,7 @@ _MODEL_FORMS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. A refusal is one sentence on standard error, and status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(with_batch="batch" in argv[:1]).parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
         return status
@@ -130,9 +129,9 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def batch(arguments: argparse.Namespace) -> int:
     """Answer the records of a JSONL file."""
-    from .batch.runner import main
+    from .batch.runner import run_command
 
-    return main(arguments, _load)
+    return run_command(arguments, _load)
 
 
 def parity(arguments: argparse.Namespace) -> int:
@@ -226,8 +225,8 @@ def _beside(tokens: Sequence[str], logprobs: Sequence[float]) -> str:
     return "\n".join(lines).replace("\u00a0", " ")
 
 
-def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
-    """The whole command. The options of `batch` stand beside its code, which takes seconds to import."""
+def _parser() -> argparse.ArgumentParser:
+    """The whole command."""
     parser = argparse.ArgumentParser(
         prog="hf-llama-sampling", description="LLAMA2's generation, exactly, on any transformers causal language model."
     )
@@ -270,12 +269,9 @@ def _parser(*, with_batch: bool) -> argparse.ArgumentParser:
         "(--multi_gpu on CPU too). Quirks of the reference are mended. Status 1 if some records could not be answered, "
         "2 if the run was refused.",
     )
-    if with_batch:
-        from .batch.runner import add_arguments
-
-        add_arguments(sub)
-        _model_options(sub, compat=False)
-        _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
+    _batch_options(sub)
+    _model_options(sub, compat=False)
+    _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
 
     sub = _command(
         commands,
@@ -332,3 +328,36 @@ def _sampling_options(sub: argparse.ArgumentParser, *, seed: str = "of torch's g
         "--max-gen-len", type=int, default=GEN_LEN, metavar="N", help="most new tokens (default: %(default)s)"
     )
     group.add_argument("--seed", type=int, default=1, help=f"{seed} (default: %(default)s)")
+
+
+def _batch_options(sub: argparse.ArgumentParser) -> None:
+    """The options of `batch` that are neither the model's nor the draw's."""
+    sub.add_argument("input", metavar="IN.jsonl", help='records, one JSON object a line; "-" for standard input')
+    sub.add_argument("output", metavar="OUT.jsonl", help='answers, in the input\'s order; "-" for standard output')
+    group = sub.add_argument_group("answers")
+    group.add_argument("--score", action="store_true", help="generate nothing, return the prompts' log-probabilities")
+    group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
+    group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
+    group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
+    group = sub.add_argument_group("run")
+    group.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="most records in a batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        metavar="N",
+        help="most tokens in a batch: records x (longest prompt + most new tokens) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--window", type=int, default=WINDOW, metavar="N", help="records sorted together (default: %(default)s)"
+    )
+    group.add_argument("--strict", action="store_true", help="stop at the first record that is wrong")
+    group.add_argument(
+        "--existing",
+        choices=["check", "reuse", "restart"],
+        default="check",
+        help="an output that is there already: check takes it up if input and settings are the same and else refuses, "
+        "reuse keeps the answers of unchanged records, restart makes all anew (default: %(default)s)",
+    )

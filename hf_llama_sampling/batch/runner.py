@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..checks import check_choice, check_int, check_temperature, check_top_p
-from ..defaults import TEMPERATURE, TOP_P, __version__
+from ..defaults import BATCH_SIZE, BATCH_TOKENS, SEED, TEMPERATURE, TOP_P, WINDOW, __version__
 from ..generation.options import vocab_size_of
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
@@ -39,11 +39,6 @@ from .store import ERROR, Answer, Existing, InOrder, Part, Progress, RunFolder, 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-SEED = 1
-BATCH_SIZE = 32  # rows
-BATCH_TOKENS = 16_384  # rows x (longest prompt + most new tokens)
-WINDOW = 1024  # records
 
 STREAM = "-"
 _FIELDS = ("id", "prompt", "prompt_tokens", "messages", "temperature", "top_p", "max_gen_len", "seed")
@@ -688,44 +683,11 @@ def _strictly(answer: Answer) -> str:
 # The command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command that are not those of the model and the draw."""
-    parser.add_argument("input", metavar="IN.jsonl", help='records, one JSON object a line; "-" for standard input')
-    parser.add_argument("output", metavar="OUT.jsonl", help='answers, in the input\'s order; "-" for standard output')
-    group = parser.add_argument_group("answers")
-    group.add_argument("--score", action="store_true", help="generate nothing, return the prompts' log-probabilities")
-    group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
-    group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
-    group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="most records in a batch (default: %(default)s)"
-    )
-    group.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        metavar="N",
-        help="most tokens in a batch: records x (longest prompt + most new tokens) (default: %(default)s)",
-    )
-    group.add_argument(
-        "--window", type=int, default=WINDOW, metavar="N", help="records sorted together (default: %(default)s)"
-    )
-    group.add_argument("--strict", action="store_true", help="stop at the first record that is wrong")
-    group.add_argument(
-        "--existing",
-        choices=["check", "reuse", "restart"],
-        default="check",
-        help="an output that is there already: check takes it up if input and settings are the same and else refuses, "
-        "reuse keeps the answers of unchanged records, restart makes all anew (default: %(default)s)",
-    )
-
-
-def main(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Llama]) -> int:
+def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Llama]) -> int:
     """The command: 0 where all records were answered, 1 where some became error records, 2 where it was refused.
 
     Args:
-        arguments: those of `add_arguments`, of the draw (`temperature`, `top_p`, `max_gen_len`, `seed`), of the model.
+        arguments: those of the command `batch`, see `cli`.
         load: makes the `Llama` of them; `device_map` is set to this process's GPU where there are several processes.
     """
     state = processes()

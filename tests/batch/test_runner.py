@@ -1,6 +1,5 @@
 """Batch runs: the same answers however they are cut, dealt out, killed and taken up. See also `batch_processes.py`."""
 
-import argparse
 import filecmp
 import io
 import itertools
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_llama_sampling import Llama, LlamaForCausalLM
+from hf_llama_sampling import Llama, LlamaForCausalLM, cli
 from hf_llama_sampling.batch import Refused
 from hf_llama_sampling.batch import runner as batch
 from hf_llama_sampling.batch import store as answers
@@ -867,13 +866,9 @@ def test_memory_is_flat(llama, tmp_path, monkeypatch):
 
 
 def command(*arguments, llama=None):
-    """`batch.main`, wired as the command line does it."""
-    parser = argparse.ArgumentParser()
-    batch.add_arguments(parser)
-    for name, kind in [("temperature", float), ("top-p", float), ("max-gen-len", int), ("seed", int)]:
-        parser.add_argument(f"--{name}", type=kind, default={"temperature": 0.6, "top-p": 0.9}.get(name, 12))
-    parser.set_defaults(device_map=None)
-    return batch.main(parser.parse_args([str(argument) for argument in arguments]), lambda _: llama)
+    """`run_command`, with the arguments that the command line makes of these."""
+    parsed = cli._parser().parse_args(["batch", *map(str, arguments), "--max-gen-len", "12"])
+    return batch.run_command(parsed, lambda _: llama)
 
 
 def test_exit_status_and_summary(llama, tmp_path, capsys):

@@ -11,6 +11,29 @@ from typing import Any
 PerRow = float | Sequence[float]
 
 
+class ReferenceAssertion(ValueError, AssertionError):
+    """A refusal where the reference asserts, so that scripts which catch its `AssertionError` go on."""
+
+
+class ReferenceTypeAssertion(TypeError, ReferenceAssertion):
+    """The same where the reference asserts a type."""
+
+
+def check_bool(name: str, value: Any, way_out: str = "") -> bool:
+    """True or False; 0, 1, "no" and other stand-ins are refused, since a number may have been meant as one.
+
+    Args:
+        way_out: what to give instead, added to the sentence.
+
+    >>> check_bool("echo", "no")
+    Traceback (most recent call last):
+    TypeError: echo must be True or False, got 'no'
+    """
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # NumPy's too
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}{way_out and f': {way_out}'}")
+
+
 def check_int(name: str, value: Any, *, least: int, most: int | None = None, where: str = "") -> int:
     """An int of at least `least` (and at most `most`)."""
     try:

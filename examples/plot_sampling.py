@@ -1,0 +1,59 @@
+"""Draw three pictures of LLAMA2's sampling: temperature, the nucleus, and where transformers' rule differs.
+
+    python examples/plot_sampling.py OUT.png [MODEL]
+
+MODEL is a transformers folder or a GGUF file; the bundled model if it is left out.
+"""
+
+import sys
+
+import matplotlib
+import torch
+
+from hf_llama_sampling import Llama, LlamaTopPLogitsWarper
+from hf_llama_sampling.cli import BUNDLED
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from transformers import TopPLogitsWarper
+
+
+def main(file: str, name: str = str(BUNDLED)) -> None:
+    llama = Llama.build(name, name, None, None, dtype="float32")
+    figure, ((heat, flat), (peaked, edge)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure.patch.set_facecolor("white")
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0])
+    for place, temperature in enumerate((0.1, 0.5, 1, 2)):
+        heights = torch.softmax(logits / temperature, -1)
+        heat.bar(torch.arange(5) + 0.2 * place - 0.3, heights, width=0.19, label=f"temperature {temperature}")
+    heat.set(title="softmax(logits / temperature)", xlabel="token, by logit", ylabel="probability")
+    heat.legend()
+    for axes, text in ((flat, "I think that the"), (peaked, "To be, or not to")):
+        probs = next_token(llama, text).sort(descending=True).values
+        kept = int((probs.cumsum(-1) - probs <= 0.9).sum())
+        ranks = torch.arange(1, len(probs) + 1)
+        axes.fill_between(ranks, probs, step="mid", color="lightgray", label="dropped")
+        axes.fill_between(ranks[:kept], probs[:kept], step="mid", color="tab:blue", label=f"kept at p = 0.9: {kept}")
+        axes.axvline(kept + 0.5, color="black", linestyle=":")
+        axes.set(title=f"next token after {text!r}", xlabel="rank", ylabel="probability", xscale="log", ylim=(0, None))
+        axes.legend()
+    example = torch.tensor([[0.5, 0.25, 0.25]])
+    ours = LlamaTopPLogitsWarper(0.5)(None, example.log()).exp()[0]
+    theirs = TopPLogitsWarper(0.5)(None, example.log()).exp()[0]
+    edge.bar(torch.arange(3) - 0.2, ours, width=0.38, label="LLAMA2: drop where the mass before exceeds p")
+    edge.bar(torch.arange(3) + 0.2, theirs, width=0.38, label="transformers: drop where the tail is within 1 - p")
+    edge.set(title="[0.5, 0.25, 0.25] at p = 0.5: kept tokens", xticks=[0, 1, 2], xlabel="token", ylabel="probability")
+    edge.set_ylim(0, 0.7)
+    edge.legend()
+    figure.savefig(file, dpi=110)
+
+
+def next_token(llama: Llama, text: str) -> torch.Tensor:
+    """The distribution (V,) of the token after a text."""
+    with torch.inference_mode():
+        ids = torch.tensor([llama.tokenizer.encode(text, bos=llama.tokenizer.bos_id >= 0, eos=False)])
+        return torch.softmax(llama.model(input_ids=ids).logits[0, -1].float(), dim=-1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

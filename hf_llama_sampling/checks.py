@@ -5,7 +5,7 @@ What this module does not do: it knows no tensors and no model.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 PerRow = float | Sequence[float]
@@ -35,11 +35,8 @@ def check_bool(name: str, value: Any, way_out: str = "") -> bool:
 
 
 def check_int(name: str, value: Any, *, least: int, most: int | None = None, where: str = "") -> int:
-    """An int of at least `least` (and at most `most`)."""
-    try:
-        number = operator.index(value) if not isinstance(value, bool) else None
-    except TypeError:
-        number = None
+    """An int of at least `least` (and at most `most`); NumPy's ints and tensors of one int count as ints."""
+    number = _index(value)
     if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}{where}")
     if number < least or (most is not None and number > most):
@@ -48,9 +45,20 @@ def check_int(name: str, value: Any, *, least: int, most: int | None = None, whe
     return number
 
 
+def _index(value: Any) -> int | None:
+    """The int that `value` is, or None: a bool is none, nor is a float, whole or not."""
+    value = to_scalar(value)
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """One of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -79,27 +87,26 @@ def check_top_p(value: Any, where: str = "") -> float:
 
 
 def _number(name: str, value: Any, where: str) -> float:
-    if isinstance(value, (bool, str, bytes)):
+    number = to_scalar(value)
+    if isinstance(number, (bool, str, bytes)):
         raise TypeError(f"{name} must be a number, got {value!r}{where}")
     try:
-        return float(value)
+        return float(number)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, got {value!r}{where}") from None
 
 
-def per_row(name: str, values: Any, check: Any) -> float | list[float]:
-    """A number, or a list of one per row; a list of one and the same number is that number."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        number: float = check(values)
-        return number
-    numbers = [check(value, f" for row {row}") for row, value in enumerate(values)]
-    if not numbers:
+def per_row(name: str, values: Any, check: Callable[..., float]) -> float | list[float]:
+    """One number for all rows, or a list of one per row, each of them checked by `check`."""
+    listed = to_list(values)
+    if listed is None:
+        return check(values)
+    if not listed:
         raise ValueError(f"{name} must be a number or one per row, got an empty list")
-    return numbers
+    return [check(value, f" for row {row}") for row, value in enumerate(listed)]
 
 
-def check_seeds(seeds: int | Sequence[int], rows: int) -> list[int]:
+def check_seeds(seeds: Any, rows: int) -> list[int]:
     """One seed per row; an int means `seed, seed + 1, ...`."""
     given = seeds_as_given(seeds)
     listed = list(range(given, given + rows)) if isinstance(given, int) else given
@@ -109,21 +116,18 @@ def check_seeds(seeds: int | Sequence[int], rows: int) -> list[int]:
     return listed
 
 
-def seeds_as_given(seeds: int | Sequence[int]) -> int | list[int]:
-    """An int, or a list of them; tensors and arrays count as lists."""
-    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        return _check_seed(seeds, 0)
-    if not isinstance(seeds, Sequence) or isinstance(seeds, (str, bytes)):
+def seeds_as_given(seeds: Any) -> int | list[int]:
+    """An int, or a list of them, each in range."""
+    listed = to_list(seeds)
+    if listed is not None:
+        return [_check_seed(seed, row) for row, seed in enumerate(listed)]
+    if _index(seeds) is None:
         raise TypeError(f"seeds must be an int or one int per row, got {seeds!r}")
-    return [_check_seed(seed, row) for row, seed in enumerate(seeds)]
+    return _check_seed(seeds, 0)
 
 
 def _check_seed(seed: Any, row: int) -> int:
-    try:
-        number = operator.index(seed) if not isinstance(seed, bool) else None
-    except TypeError:
-        number = None
+    number = _index(seed)
     if number is None:
         raise TypeError(f"seeds must be ints, got {seed!r} for row {row}")
     if not 0 <= number < 2**64:
@@ -138,7 +142,29 @@ def first_not_none(*values: Any) -> Any:
 
 def to_python(value: Any) -> Any:
     """A tensor's or an array's values as Python ones; anything else as it is."""
+    value = value.detach() if hasattr(value, "detach") else value
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def to_scalar(value: Any) -> Any:
+    """The element of a NumPy scalar, or of a tensor or an array of one element; anything else as it is."""
+    value = value.detach() if hasattr(value, "detach") else value
+    try:
+        return value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return value
+
+
+def to_list(values: Any) -> list[Any] | None:
+    """The elements of a list, an array, a tensor or any other ordered iterable; None for a single value.
+
+    >>> to_list(range(3)), to_list(0.5), to_list("abc")
+    ([0, 1, 2], None, None)
+    """
+    values = to_python(values)
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        return None
+    return list(values)
 
 
 def both_streams() -> str:

@@ -24,14 +24,16 @@ def main(file: str, name: str = str(BUNDLED)) -> None:
     figure.patch.set_facecolor("white")
     logits = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0])
     for place, temperature in enumerate((0.1, 0.5, 1, 2)):
-        heights = torch.softmax(logits / temperature, -1)
-        heat.bar(torch.arange(5) + 0.2 * place - 0.3, heights, width=0.19, label=f"temperature {temperature}")
+        heights = torch.softmax(logits / temperature, -1).tolist()
+        heat.bar(
+            [token + 0.2 * place - 0.3 for token in range(5)], heights, width=0.19, label=f"temperature {temperature}"
+        )
     heat.set(title="softmax(logits / temperature)", xlabel="token, by logit", ylabel="probability")
     heat.legend()
     for axes, text in ((flat, "I think that the"), (peaked, "To be, or not to")):
-        probs = next_token(llama, text).sort(descending=True).values
-        kept = int((probs.cumsum(-1) - probs <= 0.9).sum())
-        ranks = torch.arange(1, len(probs) + 1)
+        probs = next_token(llama, text).sort(descending=True).values.numpy()
+        kept = int((probs.cumsum() - probs <= 0.9).sum())
+        ranks = range(1, len(probs) + 1)
         axes.fill_between(ranks, probs, step="mid", color="lightgray", label="dropped")
         axes.fill_between(ranks[:kept], probs[:kept], step="mid", color="tab:blue", label=f"kept at p = 0.9: {kept}")
         axes.axvline(kept + 0.5, color="black", linestyle=":")
@@ -40,8 +42,8 @@ def main(file: str, name: str = str(BUNDLED)) -> None:
     example = torch.tensor([[0.5, 0.25, 0.25]])
     ours = LlamaTopPLogitsWarper(0.5)(None, example.log()).exp()[0]
     theirs = TopPLogitsWarper(0.5)(None, example.log()).exp()[0]
-    edge.bar(torch.arange(3) - 0.2, ours, width=0.38, label="LLAMA2: drop where the mass before exceeds p")
-    edge.bar(torch.arange(3) + 0.2, theirs, width=0.38, label="transformers: drop where the tail is within 1 - p")
+    edge.bar([-0.2, 0.8, 1.8], ours.tolist(), width=0.38, label="LLAMA2: drop where the mass before exceeds p")
+    edge.bar([0.2, 1.2, 2.2], theirs.tolist(), width=0.38, label="transformers: drop where the tail is within 1 - p")
     edge.set(title="[0.5, 0.25, 0.25] at p = 0.5: kept tokens", xticks=[0, 1, 2], xlabel="token", ylabel="probability")
     edge.set_ylim(0, 0.7)
     edge.legend()

@@ -7,10 +7,10 @@ from .defaults import __version__ as __version__
 
 if TYPE_CHECKING:
     from .generation.mixin import LlamaForCausalLM as LlamaForCausalLM
-    from .generation.mixin import LlamaGenerateOutput as LlamaGenerateOutput
     from .generation.mixin import LlamaGenerationMixin as LlamaGenerationMixin
-    from .generation.mixin import LlamaScoreOutput as LlamaScoreOutput
     from .generation.mixin import with_llama_generation as with_llama_generation
+    from .generation.outputs import LlamaGenerateOutput as LlamaGenerateOutput
+    from .generation.outputs import LlamaScoreOutput as LlamaScoreOutput
     from .llama.dialog import Dialog as Dialog
     from .llama.dialog import Message as Message
     from .llama.dialog import Role as Role
@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "llama.dialog": ["Dialog", "Message", "Role"],
-    "generation.mixin": [
-        "LlamaForCausalLM",
-        "LlamaGenerateOutput",
-        "LlamaGenerationMixin",
-        "LlamaScoreOutput",
-        "with_llama_generation",
-    ],
+    "generation.mixin": ["LlamaForCausalLM", "LlamaGenerationMixin", "with_llama_generation"],
+    "generation.outputs": ["LlamaGenerateOutput", "LlamaScoreOutput"],
     "llama.llama": ["ChatPrediction", "CompletionPrediction", "Llama"],
     "llama.tokenizer": ["Tokenizer"],
     "sampling.processors": ["LlamaSampler", "LlamaTemperatureLogitsWarper", "LlamaTopPLogitsWarper", "sample_top_p"],

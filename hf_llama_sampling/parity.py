@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .generation.options import eos_ids_of, vocab_size_of
+from .generation.model_info import eos_ids_of, vocab_size_of
 from .reference import reference_generate, reference_sample_top_p
 from .sampling.processors import sample_top_p
 

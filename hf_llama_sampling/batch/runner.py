@@ -30,7 +30,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..checks import check_choice, check_int, check_temperature, check_top_p
 from ..defaults import BATCH_SIZE, BATCH_TOKENS, SEED, TEMPERATURE, TOP_P, WINDOW, __version__
-from ..generation.options import vocab_size_of
+from ..generation.model_info import vocab_size_of
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
 from .requests import Refused, Survey, canonical, hash64, parse

@@ -1,13 +1,10 @@
-"""One run of the loop: how rows are laid out, what a step does, when a row is done, what comes back.
+"""The loop: transformers' own `generate` with one processor that draws and one criterion that ends rows.
 
-*reference* is the reference's schedule: all rows start at column 0, the loop starts at the shortest prompt's end, and
-longer prompts are forced token by token. *padded* puts all prompts' ends into one column by left padding::
-
-    reference  p p P P g g    padded    . . p p g g        p: prefilled   P: forced   g: generated
-               p p p g g g              . p p p g g g      .: pad, masked
+transformers runs it: caches, masks, streamers, other processors, quantization and offload are its business. What this
+module does not do: it lays out no prompt (see `plan`) and cuts no answer (see `rows`, `trimming`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,305 +13,233 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import (
     ExponentialDecayLengthPenalty,
+    GenerateDecoderOnlyOutput,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     StopStringCriteria,
 )
 
-from ..checks import nonfinite
 from ..sampling.processors import Stream, for_rows, one_hot, sample
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
-from .options import HANDED_ON, device_of
-from .scoring import TokenScores, concatenate, score, score_columns
+from .options import FOR_THE_LOOP, Call
+from .plan import Plan
+from .scoring import PromptScores, TokenScores, prefill_scores, score
 
-TopLogprobs = list[tuple[int, float]]
-_NEVER = torch.iinfo(torch.long).max
+NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
+_HANDED_ON = ("prefix_allowed_tokens_fn", "synced_gpus", "streamer")
+_EXTRAS = ("logits", "attentions", "hidden_states", "past_key_values")
 
 
 @dataclass
-class Run:
-    """What one call asks of the loop, and what its steps leave behind; tensors (B,) on the model's device."""
+class LoopState:
+    """What the steps of one run write. Tensors are (B,), on the plan's device."""
 
-    prompts: list[list[int]]
-    limits: list[int]  # most new tokens, per row
-    padded: bool
-    temperature: float | list[float]
-    top_p: float | list[float]
-    eos_ids: tuple[int, ...]
-    pad_id: int  # of the answer; what the model is fed for rows that are done is `filler`
-    filler: int
-    wants_scores: bool
-    top: int  # best tokens per position
-    edited: bool  # other processors change logits before the draw
-    device: torch.device
-    generator: torch.Generator | None = None
-    seeds: list[int] | None = None
-    copies: list[int] = field(default_factory=list)  # which copy of its prompt a row is
-    agree: Callable[[Tensor], Tensor] | None = None  # makes the ranks of a parallel model take the same tokens
+    done: Tensor  # bool: rows that take no further token
+    stopped: Tensor  # the column after the one where EOS or a criterion ended the row; NEVER if none did
+    by_criterion: Tensor  # bool: rows that a criterion of the caller's ended
+    first_bad: Tensor  # the first column whose logits held nan or inf; NEVER if none did
+    scores: list[TokenScores] = field(default_factory=list)  # of each step's tokens, (B, 1) each
+    drawn_with: list[Tensor] = field(default_factory=list)  # the probability that each step's tokens were drawn with
 
-    def __post_init__(self) -> None:
-        self.lengths = [len(prompt) for prompt in self.prompts]
-        self.shortest, self.longest = min(self.lengths), max(self.lengths)
-        self.total_len = max(n + limit for n, limit in zip(self.lengths, self.limits, strict=True))
-        # Column of the first new token, columns to make, and the column in which each row starts.
-        self.start = self.longest if self.padded else self.shortest
-        self.steps = max(self.limits) if self.padded else self.total_len - self.shortest
-        self.offsets = [self.longest - n if self.padded else 0 for n in self.lengths]
-        self.stream = self._stream()
-        # On Meta's stream the reference schedule draws on beyond a row's limit until its EOS, as the reference does.
-        self.limits_end_rows = self.padded or self.seeds is not None or self.temperature == 0
-        # Column at which a row's completion begins, and at which its limit ends it.
-        begins = [offset + n for offset, n in zip(self.offsets, self.lengths, strict=True)]
-        ends = [begin + limit for begin, limit in zip(begins, self.limits, strict=True)]
-        self.begin = torch.tensor(begins, device=self.device)
-        self.end = torch.tensor(ends, device=self.device)
-        # A row with nothing to generate is done from the start.
-        self.done = (self.end <= self.start) & self.limits_end_rows
-        self.stopped = torch.full_like(self.begin, _NEVER)  # column after the one where EOS or a criterion ended it
-        self.by_criterion = torch.zeros_like(self.done)
-        self.first_bad = torch.full_like(self.begin, _NEVER)
-        self.eos = torch.tensor(self.eos_ids, dtype=torch.long, device=self.device)
-        self.scores: list[TokenScores] = []
-        self.drawn_with: list[Tensor] = []
-
-    def _stream(self) -> Stream:
-        if self.seeds is not None:
-            return PromptStreams(self.seeds, self.copies, [-offset for offset in self.offsets])
-        return LookAhead(self.lengths, self.start, self.generator) if self.padded else MetaStream(self.generator)
-
-    def layout(self) -> tuple[Tensor, Tensor]:
-        """Prompts as far as they are prefilled, and their mask: (B, start) each."""
-        if not self.padded:
-            ids = torch.tensor([prompt[: self.start] for prompt in self.prompts])
-            return ids.to(self.device), torch.ones_like(ids).to(self.device)
-        ids, mask = left_padded(self.prompts)
-        return ids.to(self.device), mask.to(self.device)
-
-    def forced(self) -> Tensor:
-        """(B, longest): the prompts, with -1 beyond each one's end. Nothing is forced in the padded schedule."""
-        rows = [prompt + [-1] * (self.longest - len(prompt)) for prompt in self.prompts]
-        return torch.tensor(rows, device=self.device)
-
-    def config(self, options: dict[str, Any]) -> GenerationConfig:
-        """What transformers' loop is told: greedy, so many steps, no EOS (it would fire on one in a forced prompt)."""
-        handed_on = {name: value for name, value in options.items() if name in HANDED_ON and value is not None}
-        return GenerationConfig(do_sample=False, max_new_tokens=self.steps, return_dict_in_generate=True, **handed_on)
-
-    def eos_processors(self, options: dict[str, Any]) -> list[LogitsProcessor]:
-        """transformers' own processors that need the EOS ids, which the loop is not told."""
-        processors: list[LogitsProcessor] = []
-        if not self.eos_ids:
-            return processors
-        eos: Any = list(self.eos_ids)
-        if options.get("min_length"):
-            processors.append(MinLengthLogitsProcessor(options["min_length"], eos, device=str(self.device)))
-        if options.get("min_new_tokens"):
-            least = options["min_new_tokens"]
-            processors.append(MinNewTokensLengthLogitsProcessor(self.start, least, eos, device=str(self.device)))
-        if options.get("exponential_decay_length_penalty"):
-            penalty = options["exponential_decay_length_penalty"]
-            processors.append(ExponentialDecayLengthPenalty(penalty, eos, self.start))
-        return processors
-
-    def leave_generator(self, vocab_size: int) -> None:
-        """After a padded run on Meta's stream, the generator as the reference's own schedule would leave it.
-
-        The reference stops when every row has generated EOS, else at the total length. A row that ends at its limit
-        might have met an EOS beyond it there; that cannot be known here.
-        """
-        if not isinstance(self.stream, LookAhead) or self.temperature == 0 or bool(self.by_criterion.any()):
-            return
-        stopped = self.stopped.tolist()
-        if max(stopped) < _NEVER:
-            lags = (n - self.shortest for n in self.lengths)
-            steps = max(column - self.start + lag for column, lag in zip(stopped, lags, strict=True))
-        else:
-            steps = self.total_len - self.shortest
-        self.stream.leave_after(steps, (len(self.prompts), vocab_size), self.device)
+    @staticmethod
+    def before(plan: Plan) -> "LoopState":
+        """The state before the first step. A row with nothing to generate is done from the start."""
+        never = torch.full_like(plan.begins, NEVER)
+        done = (plan.ends <= plan.start) & plan.limits_end_rows
+        return LoopState(done=done, stopped=never, by_criterion=torch.zeros_like(done), first_bad=never)
 
 
-class Step(LogitsProcessor):
+class SamplingProcessor(LogitsProcessor):
     """Draw every row's token, force the prompts' own, record; answer with one-hot rows."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.temperature = for_rows("temperature", run.temperature, len(run.prompts), run.device)
-        self.top_p = for_rows("top_p", run.top_p, len(run.prompts), run.device)
-        self.forced = None if run.padded or run.longest == run.shortest else run.forced()
+    def __init__(self, plan: Plan, state: LoopState, stream: Stream) -> None:
+        self.plan, self.state, self.stream = plan, state, stream
+        rows = len(plan.prompts)
+        self.temperature = for_rows("temperature", _listed(plan.sampling.temperature), rows, plan.device)
+        self.top_p = for_rows("top_p", _listed(plan.sampling.top_p), rows, plan.device)
+        self.forced = plan.forced()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V)."""
-        run, column = self.run, input_ids.shape[1]
+        plan, state, column = self.plan, self.state, input_ids.shape[1]
         logits = scores.float()
-        # A finite sum has finite terms. Processors may set -inf on purpose, never nan or +inf.
-        probe = logits.amax(-1) if run.edited else logits.sum(-1)
-        bad = ~torch.isfinite(probe) & ~run.done & (column < run.end)  # beyond its limit a row's logits mean nothing
-        run.first_bad = torch.where(bad, run.first_bad.clamp(max=column), run.first_bad)
-
-        draw = sample(logits, self.temperature, self.top_p, run.stream, column)
+        self._note_nonfinite(logits, column)
+        draw = sample(logits, self.temperature, self.top_p, self.stream, column)
         tokens, probs = draw.tokens, draw.probs
-        if self.forced is not None and column < run.longest:
+        if self.forced is not None and column < plan.longest:
             given = self.forced[:, column]
             tokens, probs = torch.where(given >= 0, given, tokens), torch.where(given >= 0, 1.0, probs)
         # A row that is done goes on with pad, as in transformers; it is cut off in the end, and no row sees another.
-        tokens = torch.where(run.done, run.filler, tokens)
-        if run.agree is not None:
-            tokens = run.agree(tokens)
-        if run.wants_scores:
-            run.scores.append(score(logits[:, None], tokens[:, None], run.top))
-            run.drawn_with.append(probs)
+        tokens = torch.where(state.done, plan.fill_id, tokens)
+        if plan.broadcast_tokens is not None:
+            tokens = plan.broadcast_tokens(tokens)
+        if plan.wants_scores:
+            state.scores.append(score(logits[:, None], tokens[:, None], plan.top_logprobs))
+            state.drawn_with.append(probs)
         return one_hot(tokens, logits)
 
+    def _note_nonfinite(self, logits: Tensor, column: int) -> None:
+        """Keep the first column in which a row's logits hold nan or inf; beyond its limit they mean nothing."""
+        state = self.state
+        # A finite sum has finite terms. Processors may set -inf on purpose, never nan or +inf.
+        probe = logits.amax(-1) if self.plan.edited else logits.sum(-1)
+        bad = ~torch.isfinite(probe) & ~state.done & (column < self.plan.ends)
+        state.first_bad = torch.where(bad, state.first_bad.clamp(max=column), state.first_bad)
 
-class Stop(StoppingCriteria):
-    """A row is done when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
 
-    def __init__(self, run: Run, others: StoppingCriteriaList) -> None:
-        self.run = run
-        self.others = others
+class RowStoppingCriteria(StoppingCriteria):
+    """End a row when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
+
+    def __init__(self, plan: Plan, state: LoopState, others: StoppingCriteriaList) -> None:
+        self.plan, self.state, self.others = plan, state, others
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: (B, T). Returns (B,) bool."""
-        run, width = self.run, input_ids.shape[1]
-        running = ~run.done & (run.begin < width)
-        eos = running & torch.isin(input_ids[:, -1], run.eos)
-        met = running & self.others(input_ids, scores, **kwargs).to(run.device) if self.others else eos
-        run.stopped = torch.where(eos | met, width, run.stopped)
-        run.by_criterion |= met & ~eos & (width <= run.end)
-        run.done = run.done | eos | met | (run.end <= width if run.limits_end_rows else False)
-        return run.done
+        plan, state, width = self.plan, self.state, input_ids.shape[1]
+        running = ~state.done & (plan.begins < width)
+        eos = running & torch.isin(input_ids[:, -1], plan.eos)
+        met = running & self.others(input_ids, scores, **kwargs).to(plan.device) if self.others else eos
+        state.stopped = torch.where(eos | met, width, state.stopped)
+        state.by_criterion |= met & ~eos & (width <= plan.ends)
+        state.done = state.done | eos | met | (plan.ends <= width if plan.limits_end_rows else False)
+        return state.done
 
 
-def criteria(options: dict[str, Any], to_loop: dict[str, Any]) -> StoppingCriteriaList:
+@dataclass
+class Finished:
+    """A run that has ended."""
+
+    state: LoopState
+    sequences: Tensor  # (B, T) ids, as the plan lays them out
+    prompt_scores: PromptScores
+    extras: dict[str, Any]  # logits, attentions, hidden states and the cache, where transformers gives them
+
+
+def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
+    """Prefill where prompts are scored, let transformers' loop generate the rest, leave the generator as it should be.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate`, of that model with an empty generation config.
+        plan: what to do.
+        call: the keywords that go to the loop and to the model.
+
+    Raises:
+        ValueError: a cache in the call does not fit the prompts, or the prompts' logits hold nan or inf.
+    """
+    _check_cache(plan, call)
+    ids, mask = plan.layout()
+    prompt_scores, cache = prefill_scores(model, plan, call, ids, mask)
+    state, stream = LoopState.before(plan), random_stream(plan)
+    if plan.steps:
+        arguments = _loop_arguments(plan, call, state, stream)
+        output = generate(ids, attention_mask=mask, **arguments, **cache)
+    else:
+        output = GenerateDecoderOnlyOutput(sequences=ids)
+        stream_prompts(ids, call)
+    leave_generator(plan, state, stream)
+    # Attentions of a ragged batch in the reference schedule do not line up with rows, so omit them.
+    lines_up = plan.padded or not plan.ragged
+    extras = {name: output[name] for name in _EXTRAS if lines_up and output.get(name) is not None}
+    return Finished(state, output.sequences, prompt_scores, extras)
+
+
+def _loop_arguments(plan: Plan, call: Call, state: LoopState, stream: Stream) -> dict[str, Any]:
+    """The keywords of transformers' `generate` that make it run this plan."""
+    processors = [
+        *eos_processors(plan, call),
+        *(call.to_loop.get("logits_processor") or []),
+        SamplingProcessor(plan, state, stream),
+    ]
+    return {
+        "generation_config": loop_config(plan, call),
+        "logits_processor": processors,
+        "stopping_criteria": [RowStoppingCriteria(plan, state, callers_criteria(call))],
+        **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
+        **{name: value for name, value in call.to_model.items() if name != "past_key_values"},
+    }
+
+
+def _check_cache(plan: Plan, call: Call) -> None:
+    """Refuse a cache in the call that does not fit: the whole text comes with it, at least one token of it new."""
+    cache = call.to_model.get("past_key_values")
+    if cache is None:
+        return
+    if plan.ragged and not plan.padded:
+        raise ValueError('past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache')
+    held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    if held >= plan.start:
+        raise ValueError(
+            f"past_key_values must hold fewer tokens than the prompts, got {held} for prompts of {plan.start}: pass "
+            "the whole text, what the cache holds included"
+        )
+
+
+def stream_prompts(ids: Tensor, call: Call) -> None:
+    """Give a streamer the prompts (B, T) of a call that generates nothing."""
+    streamer = call.to_loop.get("streamer")
+    if streamer is not None:
+        streamer.put(ids.cpu())
+        streamer.end()
+
+
+def loop_config(plan: Plan, call: Call) -> GenerationConfig:
+    """The config of transformers' loop: greedy, so many steps, no EOS (it would fire on one in a forced prompt)."""
+    options = {name: value for name, value in call.options.items() if name in FOR_THE_LOOP and value is not None}
+    return GenerationConfig(do_sample=False, max_new_tokens=plan.steps, return_dict_in_generate=True, **options)
+
+
+def eos_processors(plan: Plan, call: Call) -> list[LogitsProcessor]:
+    """transformers' own processors that need the EOS ids, which the loop is not told."""
+    processors: list[LogitsProcessor] = []
+    options, device, eos = call.options, str(plan.device), list(plan.eos_ids)
+    if not eos:
+        return processors
+    if options.get("min_length"):
+        processors.append(MinLengthLogitsProcessor(options["min_length"], eos, device=device))
+    if options.get("min_new_tokens"):
+        processors.append(MinNewTokensLengthLogitsProcessor(plan.start, options["min_new_tokens"], eos, device=device))
+    if options.get("exponential_decay_length_penalty"):
+        penalty = options["exponential_decay_length_penalty"]
+        processors.append(ExponentialDecayLengthPenalty(penalty, eos, plan.start))
+    return processors
+
+
+def callers_criteria(call: Call) -> StoppingCriteriaList:
     """The caller's stopping criteria, stop strings among them."""
-    listed = list(to_loop.get("stopping_criteria") or [])
-    if options.get("stop_strings"):
-        if to_loop.get("tokenizer") is None:
+    listed = list(call.to_loop.get("stopping_criteria") or [])
+    if call.options.get("stop_strings"):
+        if call.to_loop.get("tokenizer") is None:
             raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
-        listed.append(StopStringCriteria(to_loop["tokenizer"], options["stop_strings"]))
+        listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
     return StoppingCriteriaList(listed)
 
 
-@dataclass
-class Rows:
-    """What a run made, row by row: prompt and completion with its EOS, and scores beside each token."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    sampled_logprobs: list[list[float]]
-    top_logprobs: list[list[TopLogprobs]]
-    stopped: list[bool]  # by a criterion of the caller's
+def random_stream(plan: Plan) -> Stream:
+    """The random numbers of a run: one stream per row with seeds, else Meta's, looked ahead where rows run ahead."""
+    sampling = plan.sampling
+    if sampling.seeds is not None:
+        assert not isinstance(sampling.seeds, int), "a plan has one seed per row"
+        return PromptStreams(sampling.seeds, plan.copies, [-offset for offset in plan.offsets])
+    return LookAhead(plan.lengths, plan.start, sampling.generator) if plan.padded else MetaStream(sampling.generator)
 
 
-def collect(
-    run: Run, sequences: Tensor, head: TokenScores | None, prompt_rows: list["Scored"] | None, *, unshifted: bool
-) -> Rows:
-    """Rows out of columns.
+def leave_generator(plan: Plan, state: LoopState, stream: Stream) -> None:
+    """After a padded run on Meta's stream, leave the generator as the reference's own schedule would.
 
-    Args:
-        sequences: (B, T) ids, as laid out.
-        head: the scores of columns 1 to start - 1 (or, unshifted, of all), if they were asked for.
-        prompt_rows: the prompts' scores, if they were computed apart.
+    The reference stops when every row has generated EOS, else at the total length. A row that ends at its limit might
+    have met an EOS beyond it there; that cannot be known here.
     """
-    width = sequences.shape[1]
-    first_bad = run.first_bad.tolist()
-    for row, column in enumerate(first_bad):
-        if column < min(width, _NEVER):
-            raise nonfinite(row, column - run.offsets[row])
-    ends = torch.minimum(torch.minimum(run.end, run.stopped), torch.tensor(width)).tolist()
-    spans = [slice(offset, end) for offset, end in zip(run.offsets, ends, strict=True)]
-    tokens = [row[span] for row, span in zip(sequences.tolist(), spans, strict=True)]
-    rows = Rows(tokens, [], [], [], run.by_criterion.tolist())
-    if not run.wants_scores:
-        return rows
-    blank = width - (0 if head is None else head.logprobs.shape[1]) - min(len(run.scores), width - run.start)
-    columns = concatenate(
-        [
-            *[unscored(len(tokens), blank, run.top, run.device)] * (blank > 0),
-            *([] if head is None else [head]),
-            *run.scores[: width - run.start],
-        ]
-    )
-    drawn = torch.stack(run.drawn_with[: width - run.start], 1).log() if run.drawn_with else columns.logprobs[:, :0]
-    for row, span in enumerate(spans):
-        scored = scored_row(columns, row, span, unshifted=unshifted)
-        if prompt_rows is not None:
-            n = run.lengths[row]
-            scored = Scored(
-                prompt_rows[row].logprobs + scored.logprobs[n:], prompt_rows[row].top_logprobs + scored.top_logprobs[n:]
-            )
-        rows.logprobs.append(scored.logprobs)
-        rows.top_logprobs.append(scored.top_logprobs)
-        given = run.start - span.start
-        rows.sampled_logprobs.append(([0.0] * given + drawn[row].tolist())[: len(tokens[row])])
-    return rows
+    if not isinstance(stream, LookAhead) or plan.sampling.temperature == 0 or bool(state.by_criterion.any()):
+        return
+    stopped = state.stopped.tolist()
+    if max(stopped) < NEVER:
+        lags = (length - plan.shortest for length in plan.lengths)
+        steps = max(column - plan.start + lag for column, lag in zip(stopped, lags, strict=True))
+    else:
+        steps = plan.total_len - plan.shortest
+    stream.leave_after(steps, (len(plan.prompts), plan.vocab_size), plan.device)
 
 
-@dataclass
-class Scored:
-    """Scores beside one row's tokens."""
-
-    logprobs: list[float]
-    top_logprobs: list[TopLogprobs]
-
-
-def scored_row(scores: TokenScores, row: int, span: slice, *, unshifted: bool = False) -> Scored:
-    """One row's scores as lists. The first token has nothing before it: 0.0, and no best tokens."""
-    ids, best = scores.top_ids[row, span].tolist(), scores.top_logprobs[row, span].tolist()
-    scored = Scored(
-        scores.logprobs[row, span].tolist(), [list(zip(i, b, strict=True)) for i, b in zip(ids, best, strict=True)]
-    )
-    if not unshifted:
-        scored.logprobs[0], scored.top_logprobs[0] = 0.0, []
-    return scored
-
-
-def unscored(rows: int, columns: int, top: int, device: torch.device) -> TokenScores:
-    """Columns without scores: logprob 0.0."""
-    best = torch.zeros(rows, columns, top, device=device)
-    return TokenScores(torch.zeros(rows, columns, device=device), best.long(), best)
-
-
-def score_prompts(
-    model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int, model_kwargs: dict[str, Any] | None = None
-) -> list[Scored]:
-    """Scores of whole prompts, right-padded: what follows a token cannot change its score, so no mask is needed."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device_of(model))
-    mask = torch.tensor(
-        [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=device_of(model)
-    )
-    parts = [unscored(len(prompts), 1, top, device_of(model))]
-    if longest > 1:
-        scores, _ = score_columns(
-            model,
-            ids[:, :-1],
-            ids[:, 1:],
-            real=mask[:, 1:],
-            top=top,
-            chunk_bytes=chunk_bytes,
-            model_kwargs=model_kwargs,
-        )
-        parts.append(scores)
-    columns = concatenate(parts)
-    return [scored_row(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(B, longest) ids and their mask. Each row is filled with its own first token, which is masked.
-
-    Other processors see the ids: a pad token would count as a token of the text for a repetition penalty.
-    """
-    longest = max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[prompt[0]] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-    return ids, mask
-
-
-def in_one_tensor(texts: Sequence[Sequence[int]], lengths: Sequence[int], pad_id: int) -> Tensor:
-    """(B, T) in transformers' convention: prompts of `lengths` end in one column, completions are followed by pad."""
-    longest = max(lengths)
-    rows = [[pad_id] * (longest - n) + list(text) for text, n in zip(texts, lengths, strict=True)]
-    width = max(map(len, rows))
-    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

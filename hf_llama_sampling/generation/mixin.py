@@ -1,84 +1,30 @@
-"""`model.generate()` with LLAMA2's semantics, on transformers' public API alone.
+"""`model.generate()` and `score_tokens()` with LLAMA2's semantics, on transformers' public API alone.
 
-transformers runs the loop: caches, attention masks, streamers, other processors, quantization and offload are its
-business. One logits processor draws the token itself and answers with a one-hot row under greedy decoding; one stopping
-criterion says which rows are done. What this module does not do: it never sees text.
+What this module does not do: it never sees text, and it runs no loop of its own (see `loop`).
 """
 
 import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
 
-from ..checks import PerRow, both_streams, check_choice, check_int, check_seeds, first_not_none
-from . import options as arguments
-from .loop import (
-    Rows,
-    Run,
-    Scored,
-    Step,
-    Stop,
-    TopLogprobs,
-    collect,
-    criteria,
-    in_one_tensor,
-    score_prompts,
-)
-from .options import Schedule, context_of, refuse_encoder_decoder, repeat_interleave, repeat_setting, vocab_size_of
-from .scoring import CHUNK_BYTES, TokenScores, score_columns
-from .trimming import Compat, FinishReason, answer_span, finish_reason
-
-_TO_THE_LOOP = ("prefix_allowed_tokens_fn", "synced_gpus", "streamer")
-_EXTRAS = ("logits", "attentions", "hidden_states", "past_key_values")
-
-
-@dataclass
-class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns for prompts given as lists, and whenever more than token ids was asked for.
-
-    Args:
-        sequences (`torch.LongTensor` of shape (B, T)): transformers' convention: left-padded prompt, completion with
-            its EOS, then pad.
-        tokens (`list[list[int]]`): Meta's convention: the completion (with `echo` after its prompt), cut before EOS.
-        logprobs (`list[list[float]]`, *optional*): of the same tokens under the raw float32 logits, natural logarithm;
-            0.0 for a row's first token. With processors that edit logits, completions' are those of the edited logits.
-        sampled_logprobs (`list[list[float]]`, *optional*): under the distribution the token was drawn from, after
-            temperature and nucleus; 0.0 where nothing was drawn (prompt tokens, greedy rows).
-        top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
-            logprobs, best first; empty for a row's first token.
-        finish_reason (`list[str]`): per row `"stop"` (an EOS or a stopping criterion) or `"length"`.
-        settings (`dict`): what was in force.
-    """
-
-    tokens: list[list[int]] | None = None
-    logprobs: list[list[float]] | None = None
-    sampled_logprobs: list[list[float]] | None = None
-    top_logprobs: list[list[TopLogprobs]] | None = None
-    finish_reason: list[FinishReason] | None = None
-    settings: dict[str, Any] | None = None
-
-
-@dataclass
-class LlamaScoreOutput(ModelOutput):
-    """What `score_tokens` returns; the lists are as long as the prompts.
-
-    Args:
-        logprobs (`list[list[float]]`): raw logprob of each token given those before it; 0.0 for the first.
-        top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
-            logprobs, best first; empty for the first.
-    """
-
-    logprobs: list[list[float]] | None = None
-    top_logprobs: list[list[TopLogprobs]] | None = None
+from ..checks import PerRow, check_int
+from .inputs import check_lengths, read_prompts
+from .loop import run_loop, stream_prompts
+from .model_info import context_of, refuse_encoder_decoder, vocab_size_of
+from .options import resolve_alias, sort_keywords
+from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
+from .plan import Request, make_plan
+from .rows import collect_rows, unshifted_rows
+from .schedule import Schedule
+from .scoring import CHUNK_BYTES, score_prompts
+from .trimming import Compat
 
 
 class LlamaGenerationMixin(GenerationMixin):
@@ -154,52 +100,43 @@ class LlamaGenerationMixin(GenerationMixin):
         >>> out = model.generate([[1, 306, 4658], [1, 450]], max_gen_len=16, logprobs=True, echo=True)
         >>> out.tokens, out.logprobs, out.finish_reason
         """
+        # 1. Read the call: its keywords by who reads them, its prompts as lists.
         refuse_encoder_decoder(self)
-        call = arguments.sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
-        inputs = arguments.resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
-        was_tensor, prompts = arguments.take_prompts(
-            inputs, call.to_model.pop("attention_mask", None), vocab_size_of(self)
-        )
-        run, settings = self._plan(
-            prompts,
-            call,
+        call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
+        inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
+        prompts = read_prompts(inputs, call.to_model.pop("attention_mask", None), vocab_size_of(self))
+
+        # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
+        request = Request(
             max_gen_len=max_gen_len,
             max_seq_len=max_seq_len,
             temperature=temperature,
             top_p=top_p,
-            top=check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self)),
-            logprobs=logprobs,
             seeds=seeds,
             generator=generator,
+            echo=echo,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
             schedule=schedule,
+            compat=compat,
+            chunk_bytes=chunk_bytes,
         )
-        check_choice("compat", compat, ("fixed", "meta"))
-        chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
-        unshifted = compat == "meta" and run.shortest == run.total_len
-        done, extras = self._run(run, call, echo=echo, unshifted=unshifted, chunk_bytes=chunk_bytes)
+        plan = make_plan(self, prompts, call, request)
 
-        sequences = in_one_tensor(done.tokens, run.lengths, run.pad_id).to(run.device)
-        if was_tensor and not (run.wants_scores or echo or call.options.get("return_dict_in_generate")):
+        # 3. Run: prefill and generate, and make rows out of columns.
+        if plan.scores_unshifted:
+            rows, extras = unshifted_rows(self, plan, call.to_model), {}
+            stream_prompts(plan.layout()[0], call)
+        else:
+            run = run_loop(self, _transformers_generate(self), plan, call)
+            rows, extras = collect_rows(plan, run.state, run.sequences, run.prompt_scores), run.extras
+
+        # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
+        sequences = sequences_of(rows, plan)
+        more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
+        if isinstance(inputs, Tensor) and not more:
             return sequences
-        rows = list(zip(done.tokens, run.lengths, strict=True))
-        spans = [answer_span(text, n, echo=echo, eos_ids=run.eos_ids, compat=compat) for text, n in rows]
-
-        def answers(lists: list[list[Any]]) -> list[list[Any]]:
-            return [items[span] for items, span in zip(lists, spans, strict=True)]
-
-        return LlamaGenerateOutput(
-            sequences=sequences,
-            tokens=answers(done.tokens),
-            logprobs=answers(done.logprobs) if logprobs else None,
-            sampled_logprobs=answers(done.sampled_logprobs) if logprobs else None,
-            top_logprobs=answers(done.top_logprobs) if run.top else None,
-            finish_reason=[
-                finish_reason(text[n:], run.eos_ids, stopped=stopped)
-                for (text, n), stopped in zip(rows, done.stopped, strict=True)
-            ],
-            settings=settings | {"compat": compat, "echo": echo},
-            **extras,
-        )
+        return generate_output(rows, plan, sequences, extras)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Never load a checkpoint's own `generate`: this class has its own, and no code of a checkpoint is run.
@@ -208,148 +145,6 @@ class LlamaGenerationMixin(GenerationMixin):
             OSError: always; transformers takes it to mean that the checkpoint has none.
         """
         raise OSError("a class with LLAMA2's generate takes none from a checkpoint")
-
-    def _plan(
-        self,
-        prompts: list[list[int]],
-        call: arguments.Call,
-        *,
-        max_gen_len: Any,
-        max_seq_len: Any,
-        temperature: PerRow | None,
-        top_p: PerRow | None,
-        top: int,
-        logprobs: bool,
-        seeds: int | Sequence[int] | None,
-        generator: torch.Generator | None,
-        schedule: Schedule,
-    ) -> tuple[Run, dict[str, Any]]:
-        """What the loop has to do, once all that the call says is checked, and the settings to report."""
-        options = call.options
-        check_choice("schedule", schedule, ("auto", "reference", "padded"))
-        if seeds is not None and generator is not None:
-            raise ValueError(both_streams())
-        device = arguments.device_of(self)
-        arguments.check_generator(generator, device)
-        copies = check_int("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
-        rows = len(prompts) * copies
-
-        total = arguments.resolve_alias("max_seq_len", max_seq_len, "max_length", options.get("max_length"))
-        max_seq_len = context_of(self) if total is None else check_int("max_seq_len", total, least=1)
-        arguments.check_lengths(prompts, max_seq_len)
-        wanted = arguments.resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", options.get("max_new_tokens"))
-        gen_lens = arguments.gen_lens(wanted, max_seq_len, total is not None, prompts)
-        limits = [
-            wish if max_seq_len is None else min(wish, max_seq_len - len(prompt))
-            for wish, prompt in zip(gen_lens, prompts, strict=True)
-        ]
-        editing = arguments.options_that_edit(options)
-        timed = ["max_time"] if options.get("max_time") is not None else []
-        chosen = arguments.choose_schedule(
-            schedule, [len(prompt) for prompt in prompts], limits, context_of(self), [*editing, *timed]
-        )
-        eos_ids = arguments.eos_ids_of(self, options)
-        pad_id = first_not_none(options.get("pad_token_id"), self.generation_config.pad_token_id, *eos_ids, 0)
-        run = Run(
-            prompts=repeat_interleave(prompts, copies),
-            limits=repeat_interleave(limits, copies),
-            padded=chosen == "padded",
-            temperature=repeat_setting("temperature", arguments.choose_temperature(temperature, options), copies, rows),
-            top_p=repeat_setting("top_p", arguments.choose_top_p(top_p, options), copies, rows),
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            # Old checkpoints name a pad token that cannot be embedded, such as -1.
-            filler=pad_id if 0 <= pad_id < vocab_size_of(self) else first_not_none(*eos_ids, 0),
-            wants_scores=bool(logprobs or top),
-            top=top,
-            edited=bool(
-                editing or call.to_loop.get("logits_processor") or call.to_loop.get("prefix_allowed_tokens_fn")
-            ),
-            device=device,
-            generator=generator,
-            seeds=None if seeds is None else repeat_interleave(check_seeds(seeds, len(prompts)), copies),
-            copies=list(range(copies)) * len(prompts),
-            agree=_agreement(self),
-        )
-        settings = {
-            "temperature": run.temperature,
-            "top_p": run.top_p,
-            "max_gen_len": gen_lens[0] if len(set(gen_lens)) == 1 else repeat_interleave(gen_lens, copies),
-            "max_seq_len": max_seq_len,
-            "seeds": run.seeds,
-            "num_return_sequences": copies,
-            "schedule": chosen,
-            "eos_token_id": list(eos_ids),
-            "pad_token_id": pad_id,
-        }
-        return run, settings
-
-    def _run(
-        self, run: Run, call: arguments.Call, *, echo: bool, unshifted: bool, chunk_bytes: int
-    ) -> tuple[Rows, dict[str, Any]]:
-        """Prefill what logprobs of the prompt ask for, let transformers' loop generate the rest, collect."""
-        ids, mask = run.layout()
-        others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
-        own_cache = call.to_model.get("past_key_values") is not None
-        if own_cache and run.longest != run.shortest and not run.padded:
-            raise ValueError(
-                'past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache'
-            )
-        if own_cache:
-            arguments.check_cache(call.to_model["past_key_values"], run.start)
-        # A cache of ours can be handed on unless the call says what cache to use.
-        other_cache = (
-            any(call.options.get(name) for name in arguments.CACHING) or call.options.get("use_cache") is False
-        )
-        can_hand_on = not own_cache and not other_cache
-        cache = {"past_key_values": call.to_model["past_key_values"]} if own_cache else {}
-        head: TokenScores | None = None
-        prompt_rows: list[Scored] | None = None
-        if echo and run.wants_scores:
-            if unshifted:
-                head, _ = score_columns(self, ids, ids, top=run.top, chunk_bytes=chunk_bytes, model_kwargs=others)
-            elif not can_hand_on or (run.edited and run.start < run.longest):
-                # Forced columns would show edited logits.
-                prompt_rows = score_prompts(
-                    self, run.prompts, top=run.top, chunk_bytes=chunk_bytes, model_kwargs=others
-                )
-            elif run.start > 1:
-                head, prefilled = score_columns(
-                    self,
-                    ids[:, : run.start - 1],
-                    ids[:, 1 : run.start],
-                    attention_mask=mask[:, : run.start - 1] if run.padded else None,
-                    top=run.top,
-                    chunk_bytes=chunk_bytes,
-                    model_kwargs=others,
-                )
-                cache = {} if prefilled is None else {"past_key_values": prefilled}
-        if run.steps:
-            # A view shares the weights; its fresh generation_config keeps the checkpoint's out of the loop.
-            view = copy.copy(self)
-            view.generation_config = GenerationConfig()
-            processors = [*run.eos_processors(call.options), *(call.to_loop.get("logits_processor") or []), Step(run)]
-            output = super(LlamaGenerationMixin, view).generate(
-                ids,
-                generation_config=run.config(call.options),
-                attention_mask=mask,
-                logits_processor=processors,
-                stopping_criteria=[Stop(run, criteria(call.options, call.to_loop))],
-                **{name: call.to_loop[name] for name in _TO_THE_LOOP if call.to_loop.get(name) is not None},
-                **cache,
-                **others,
-            )
-        else:
-            output = GenerateDecoderOnlyOutput(sequences=ids)
-            if call.to_loop.get("streamer") is not None:
-                call.to_loop["streamer"].put(ids.cpu())
-                call.to_loop["streamer"].end()
-        rows = collect(run, output.sequences, head, prompt_rows, unshifted=unshifted)
-        run.leave_generator(vocab_size_of(self))
-        # Of the reference schedule's ragged columns a caller can make nothing; of the others what transformers gives.
-        same_layout = run.padded or run.longest == run.shortest
-        extras = {name: output[name] for name in _EXTRAS if same_layout and output.get(name) is not None}
-        return rows, extras
 
     @torch.no_grad()
     def score_tokens(
@@ -379,8 +174,8 @@ class LlamaGenerationMixin(GenerationMixin):
         refuse_encoder_decoder(self)
         top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
-        _, rows = arguments.take_prompts(prompts, attention_mask, vocab_size_of(self))
-        arguments.check_lengths(rows, context_of(self), name="the model's context")
+        rows = read_prompts(prompts, attention_mask, vocab_size_of(self))
+        check_lengths(rows, context_of(self), name="the model's context")
         scores = score_prompts(self, rows, top=top, chunk_bytes=chunk_bytes)
         return LlamaScoreOutput(
             logprobs=[row.logprobs for row in scores],
@@ -393,6 +188,17 @@ _OWN_ARGUMENTS = [name for name in inspect.signature(LlamaGenerationMixin.genera
 
 class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
     """transformers' `LlamaForCausalLM` with LLAMA2's `generate`; loads the same checkpoints."""
+
+
+def _transformers_generate(model: Any) -> Callable[..., Any]:
+    """transformers' own `generate` on a view of the model that shares its weights.
+
+    The view's fresh generation config keeps the checkpoint's settings out of the loop.
+    """
+    view = copy.copy(model)
+    view.generation_config = GenerationConfig()
+    generate: Callable[..., Any] = super(LlamaGenerationMixin, view).generate
+    return generate
 
 
 def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
@@ -426,20 +232,3 @@ def _with_mixin(model_class: Any) -> Any:
 def _blank_twin(model_class: Any) -> Any:
     twin_class = _with_mixin(model_class)
     return twin_class.__new__(twin_class)
-
-
-def _agreement(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """For a tensor-parallel model: hands every rank the first one's tokens (B,). Each rank draws for itself."""
-    if (getattr(model, "tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
-        return None
-    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
-    mesh = next((mesh for mesh in meshes if mesh is not None), None)
-    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
-    group = None if mesh is None else mesh.get_group("tp" if "tp" in names else 0)
-
-    def agree(tokens: Tensor) -> Tensor:
-        tokens = tokens.contiguous()
-        torch.distributed.broadcast(tokens, torch.distributed.get_global_rank(group, 0) if group else 0, group)
-        return tokens
-
-    return agree

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checks import check_choice, check_int
 from ..defaults import TEMPERATURE, TOP_P
-from ..generation.mixin import LlamaForCausalLM, LlamaGenerateOutput, with_llama_generation
-from ..generation.options import Schedule, context_of, eos_ids_of, vocab_size_of
+from ..generation.mixin import LlamaForCausalLM, with_llama_generation
+from ..generation.model_info import context_of, eos_ids_of, vocab_size_of
+from ..generation.outputs import LlamaGenerateOutput
+from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
 from .checkpoint import is_meta_folder, load_meta_checkpoint
 from .dialog import UNSAFE_ERROR, Dialog, Message, dialog_tokens, is_unsafe

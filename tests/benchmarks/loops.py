@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from hf_llama_sampling import with_llama_generation
-from hf_llama_sampling.generation.loop import left_padded
+from hf_llama_sampling.generation.inputs import left_padded
 from hf_llama_sampling.reference import reference_generate
 
 from .measure import Effort, Line, in_turn, line, seconds

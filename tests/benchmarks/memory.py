@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import transformers
 
-from hf_llama_sampling.generation.loop import left_padded
+from hf_llama_sampling.generation.inputs import left_padded
 from hf_llama_sampling.sampling import fast_path as nucleus
 from hf_llama_sampling.sampling import streams as noise
 from hf_llama_sampling.sampling.streams import LookAhead

@@ -8,7 +8,7 @@ import torch
 
 import hf_llama_sampling
 from hf_llama_sampling import LlamaForCausalLM
-from hf_llama_sampling.generation import mixin as generation
+from hf_llama_sampling.generation import plan
 
 TINY = Path(hf_llama_sampling.__file__).parent / "tiny_llama"
 RAGGED = [[1, 5, 6, 7, 8, 9, 10, 11], [1, 300], [1, 40, 50, 60]]
@@ -40,7 +40,7 @@ def main():
     rank = torch.distributed.get_rank()
     model = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32, tp_plan="auto").eval()
     found = answers(model, rank)
-    generation._agreement = lambda model: None
+    plan.token_broadcast = lambda model: None
     found["each for itself"] = answers(model, rank, {"even": CASES["even"]})["even"]
     weight = model.model.layers[0].mlp.down_proj.weight
     local = weight.to_local() if hasattr(weight, "to_local") else weight

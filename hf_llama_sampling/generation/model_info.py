@@ -1,0 +1,78 @@
+"""Facts about a model: what it can embed, how much it can hold, where it lives, how its texts end.
+
+What this module does not do: it runs no model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_int, first_not_none
+
+
+def vocab_size_of(model: Any) -> int:
+    """The number of ids that the model can embed."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def context_of(model: Any) -> int | None:
+    """The longest text the model was made for, or None where its config does not say."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def device_of(model: Any) -> torch.device:
+    """The device for token ids. accelerate runs an offloaded embedding on the first real device of its map."""
+    if model.device.type != "meta":
+        return torch.device(model.device)
+    placed = [where for where in getattr(model, "hf_device_map", {}).values() if where not in ("cpu", "disk")]
+    return torch.device(placed[0] if placed else "cpu")
+
+
+def eos_ids_of(model: Any, options: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text, from the call, else from the checkpoint: one, several or none."""
+    ids = first_not_none(
+        options.get("eos_token_id"),
+        model.generation_config.eos_token_id,
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        (),
+    )
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    return tuple(check_int("eos_token_id", token, least=0, most=vocab_size_of(model) - 1) for token in ids)
+
+
+def pad_id_of(model: Any, options: dict[str, Any], eos_ids: tuple[int, ...]) -> int:
+    """The id that fills an answer's `sequences`: from the call, else from the checkpoint, else EOS, else 0."""
+    return int(first_not_none(options.get("pad_token_id"), model.generation_config.pad_token_id, *eos_ids, 0))
+
+
+def refuse_encoder_decoder(model: Any) -> None:
+    """Refuse an encoder-decoder: LLAMA2's loop continues its own prompt, and such a model has none to continue."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"LLAMA2's generation needs a decoder-only model, but {type(model).__name__} is an encoder-decoder: use "
+            "its own generate with LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
+        )
+
+
+def token_broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """For a tensor-parallel model, a function that gives every rank the first rank's tokens (B,); else None.
+
+    Each rank draws from its own generator, so without it ranks would go on with different tokens.
+    """
+    if (getattr(model, "tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
+        return None
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
+    group = None if mesh is None else mesh.get_group("tp" if "tp" in names else 0)
+
+    def broadcast(tokens: Tensor) -> Tensor:
+        tokens = tokens.contiguous()
+        torch.distributed.broadcast(tokens, torch.distributed.get_global_rank(group, 0) if group else 0, group)
+        return tokens
+
+    return broadcast

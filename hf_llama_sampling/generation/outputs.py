@@ -1,0 +1,130 @@
+"""What `generate` and `score_tokens` return.
+
+What this module does not do: it computes no number; it arranges finished rows in the convention that was asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
+
+from .plan import Plan
+from .rows import Rows
+from .scoring import TopLogprobs
+from .trimming import FinishReason, answer_span, finish_reason
+
+
+@dataclass
+class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
+    """The answer of `generate` for prompts given as lists, and whenever more than token ids was asked for.
+
+    Args:
+        sequences (`torch.LongTensor` of shape (B, T)): transformers' convention: left-padded prompt, completion with
+            its EOS, then pad.
+        tokens (`list[list[int]]`): Meta's convention: the completion (with `echo` after its prompt), cut before EOS.
+        logprobs (`list[list[float]]`, *optional*): of the same tokens under the raw float32 logits, natural logarithm;
+            0.0 for a row's first token. With processors that edit logits, completions' are those of the edited logits.
+        sampled_logprobs (`list[list[float]]`, *optional*): under the distribution the token was drawn from, after
+            temperature and nucleus; 0.0 where nothing was drawn (prompt tokens, greedy rows).
+        top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
+            logprobs, best first; empty for a row's first token.
+        finish_reason (`list[str]`): per row `"stop"` (an EOS or a stopping criterion) or `"length"`.
+        settings (`dict`): the settings in force.
+
+    >>> out = model.generate([[1, 5, 6], [1, 40]], max_gen_len=3, temperature=0, logprobs=True)
+    >>> [len(row) for row in out.tokens], out.finish_reason
+    ([3, 3], ['length', 'length'])
+    """
+
+    tokens: list[list[int]] | None = None
+    logprobs: list[list[float]] | None = None
+    sampled_logprobs: list[list[float]] | None = None
+    top_logprobs: list[list[TopLogprobs]] | None = None
+    finish_reason: list[FinishReason] | None = None
+    settings: dict[str, Any] | None = None
+
+
+@dataclass
+class LlamaScoreOutput(ModelOutput):
+    """The answer of `score_tokens`; its lists are as long as the prompts.
+
+    Args:
+        logprobs (`list[list[float]]`): raw logprob of each token given those before it; 0.0 for the first.
+        top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
+            logprobs, best first; empty for the first.
+    """
+
+    logprobs: list[list[float]] | None = None
+    top_logprobs: list[list[TopLogprobs]] | None = None
+
+
+def sequences_of(rows: Rows, plan: Plan) -> Tensor:
+    """(B, T) in transformers' convention: all prompts end in one column, completions are followed by pad.
+
+    >>> # prompts [1, 5] and [1, 6, 7], completions [8, 9] and [8], pad 0
+    >>> # [[0, 1, 5, 8, 9],
+    >>> #  [1, 6, 7, 8, 0]]
+    """
+    lines = [
+        [plan.pad_id] * (plan.longest - length) + text for text, length in zip(rows.tokens, plan.lengths, strict=True)
+    ]
+    width = max(map(len, lines))
+    return torch.tensor([line + [plan.pad_id] * (width - len(line)) for line in lines], device=plan.device)
+
+
+def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str, Any]) -> LlamaGenerateOutput:
+    """The answer in Meta's convention: cut before EOS, with logprobs beside it.
+
+    Args:
+        rows: what the run made.
+        plan: what was asked.
+        sequences: the same in transformers' convention.
+        extras: what else transformers' loop gives: logits, attentions, hidden states, a cache.
+    """
+    texts = list(zip(rows.tokens, plan.lengths, strict=True))
+    spans = [
+        answer_span(text, length, echo=plan.echo, eos_ids=plan.eos_ids, compat=plan.compat) for text, length in texts
+    ]
+
+    def cut(lists: list[list[Any]]) -> list[list[Any]]:
+        return [items[span] for items, span in zip(lists, spans, strict=True)]
+
+    return LlamaGenerateOutput(
+        sequences=sequences,
+        tokens=cut(rows.tokens),
+        logprobs=cut(rows.logprobs) if plan.logprobs else None,
+        sampled_logprobs=cut(rows.sampled_logprobs) if plan.logprobs else None,
+        top_logprobs=cut(rows.top_logprobs) if plan.top_logprobs else None,
+        finish_reason=[
+            finish_reason(text[length:], plan.eos_ids, stopped=stopped)
+            for (text, length), stopped in zip(texts, rows.stopped, strict=True)
+        ],
+        settings=_settings_in_force(plan),
+        **extras,
+    )
+
+
+def _settings_in_force(plan: Plan) -> dict[str, Any]:
+    """The settings to report: one value where all rows share it, else one per row."""
+    sampling = plan.sampling
+    return {
+        "temperature": _listed(sampling.temperature),
+        "top_p": _listed(sampling.top_p),
+        "max_gen_len": plan.gen_lens[0] if len(set(plan.gen_lens)) == 1 else plan.gen_lens,
+        "max_seq_len": plan.max_seq_len,
+        "seeds": _listed(sampling.seeds),
+        "num_return_sequences": plan.num_return_sequences,
+        "schedule": plan.schedule,
+        "eos_token_id": list(plan.eos_ids),
+        "pad_token_id": plan.pad_id,
+        "compat": plan.compat,
+        "echo": plan.echo,
+    }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) else value

@@ -1,0 +1,270 @@
+"""Everything about one call that never changes while it runs, checked against the model, as one frozen value.
+
+What this module does not do: it forwards nothing and keeps no state.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import PerRow, check_choice, check_count, check_int, check_seeds, first_not_none
+from ..sampling.settings import SamplingSettings
+from .inputs import check_lengths, left_padded
+from .model_info import context_of, device_of, eos_ids_of, pad_id_of, token_broadcast, vocab_size_of
+from .options import Call, check_generator, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
+from .schedule import Layout, Schedule, choose_schedule
+from .trimming import Compat
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments that `generate` spells out, as the call gave them; its docstring says what each means."""
+
+    max_gen_len: Any
+    max_seq_len: int | None
+    temperature: PerRow | None
+    top_p: PerRow | None
+    seeds: int | Sequence[int] | None
+    generator: torch.Generator | None
+    echo: bool
+    logprobs: bool
+    top_logprobs: int
+    schedule: Schedule
+    compat: Compat
+    chunk_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one call does. A row is a prompt, or one of the copies that `num_return_sequences` makes of it.
+
+    A column is a place in the tensor that transformers' loop fills, so row `r` holds its token `t` in column
+    `offsets[r] + t`.
+    """
+
+    prompts: list[list[int]]  # token ids of each row
+    copies: list[int]  # which copy of its prompt a row is, from 0
+    num_return_sequences: int  # copies of each prompt
+    gen_lens: list[int]  # most new tokens of each row, as asked
+    limits: list[int]  # the same, cut to what `max_seq_len` leaves
+    max_seq_len: int | None  # most tokens of a row, prompt included; None: no limit
+    schedule: Layout  # "reference" or "padded"
+    sampling: SamplingSettings  # temperature, top_p, seeds (one per row) and generator
+    eos_ids: tuple[int, ...]  # ids that end a row when generated
+    pad_id: int  # fills the answer's `sequences`
+    fill_id: int  # what the model is fed for rows that are done; unlike `pad_id` it can always be embedded
+    echo: bool  # whether the answer starts with the prompt
+    logprobs: bool  # whether to return raw logprobs
+    top_logprobs: int  # best tokens per position
+    compat: Compat  # "meta" keeps the reference's quirks
+    chunk_bytes: int  # memory for the logits of one chunk of prompt
+    edited: bool  # whether other processors change the logits before the draw
+    vocab_size: int  # ids that the model can embed
+    device: torch.device  # of token ids
+    broadcast_tokens: Callable[[Tensor], Tensor] | None  # makes the ranks of a parallel model take the same tokens (B,)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's prompt."""
+        return [len(prompt) for prompt in self.prompts]
+
+    @cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return min(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        """Whether prompts are left-padded, so that all of them end in one column."""
+        return self.schedule == "padded"
+
+    @property
+    def ragged(self) -> bool:
+        """Whether prompts differ in length."""
+        return self.shortest < self.longest
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether any logprob is to be returned."""
+        return bool(self.logprobs or self.top_logprobs)
+
+    @property
+    def scores_unshifted(self) -> bool:
+        """Whether the answer is the reference's quirk: prompts of one length, nothing to generate, scores unshifted."""
+        nothing_to_generate = self.shortest == self.total_len
+        return self.compat == "meta" and self.echo and self.wants_scores and nothing_to_generate
+
+    @cached_property
+    def total_len(self) -> int:
+        """Most tokens that any row may end with."""
+        return max(length + limit for length, limit in zip(self.lengths, self.limits, strict=True))
+
+    @cached_property
+    def start(self) -> int:
+        """The first column that the loop makes; those before it are prefilled."""
+        return self.longest if self.padded else self.shortest
+
+    @cached_property
+    def steps(self) -> int:
+        """Columns that the loop makes at most."""
+        return max(self.limits) if self.padded else self.total_len - self.shortest
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """The column in which each row starts."""
+        return [self.longest - length if self.padded else 0 for length in self.lengths]
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """(B,): the column in which each row's completion begins."""
+        begins = [offset + length for offset, length in zip(self.offsets, self.lengths, strict=True)]
+        return torch.tensor(begins, device=self.device)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """(B,): the column after the last one that each row's limit allows."""
+        return self.begins + torch.tensor(self.limits, device=self.device)
+
+    @cached_property
+    def eos(self) -> Tensor:
+        """(number of ids,): `eos_ids` on the device."""
+        return torch.tensor(self.eos_ids, dtype=torch.long, device=self.device)
+
+    @property
+    def limits_end_rows(self) -> bool:
+        """Whether a row is done at its limit.
+
+        On Meta's stream the reference draws on for such a row until its EOS, and the reference schedule does so too.
+        """
+        return self.padded or self.sampling.seeds is not None or self.sampling.temperature == 0
+
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """The prompts as far as they are prefilled, and their mask: (B, start) each."""
+        if self.padded:
+            ids, mask = left_padded(self.prompts)
+        else:
+            ids = torch.tensor([prompt[: self.start] for prompt in self.prompts])
+            mask = torch.ones_like(ids)
+        return ids.to(self.device), mask.to(self.device)
+
+    def forced(self) -> Tensor | None:
+        """(B, longest): the prompts, with -1 beyond each one's end; None where the loop forces no token."""
+        if self.padded or not self.ragged:
+            return None
+        rows = [prompt + [-1] * (self.longest - len(prompt)) for prompt in self.prompts]
+        return torch.tensor(rows, device=self.device)
+
+
+def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request) -> Plan:
+    """Check a call against its model and decide everything that is decided before the loop.
+
+    Args:
+        model: a decoder-only causal language model.
+        prompts: lists of ids.
+        call: the sorted keywords.
+        request: the arguments that `generate` spells out.
+
+    Raises:
+        ValueError, TypeError: a bad value, named with its rule, its row and the way out.
+    """
+    options, vocab_size, device = call.options, vocab_size_of(model), device_of(model)
+    check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
+    check_choice("compat", request.compat, ("fixed", "meta"))
+    top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
+    chunk_bytes = check_int("chunk_bytes", request.chunk_bytes, least=1)
+    copies = check_int("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
+    sampling = _sampling_settings(request, call, len(prompts), copies, device)
+    max_seq_len, gen_lens, limits = _lengths(model, prompts, call, request)
+    editing = call.editing()
+    timed = ["max_time"] if options.get("max_time") is not None else []
+    schedule = choose_schedule(
+        request.schedule, [len(prompt) for prompt in prompts], limits, context_of(model), [*editing, *timed]
+    )
+    eos_ids = eos_ids_of(model, options)
+    pad_id = pad_id_of(model, options, eos_ids)
+    return Plan(
+        prompts=repeat_interleave(prompts, copies),
+        copies=list(range(copies)) * len(prompts),
+        num_return_sequences=copies,
+        gen_lens=repeat_interleave(gen_lens, copies),
+        limits=repeat_interleave(limits, copies),
+        max_seq_len=max_seq_len,
+        schedule=schedule,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        # Old checkpoints name a pad token that cannot be embedded, such as -1.
+        fill_id=pad_id if 0 <= pad_id < vocab_size else first_not_none(*eos_ids, 0),
+        echo=request.echo,
+        logprobs=bool(request.logprobs),
+        top_logprobs=top_logprobs,
+        compat=request.compat,
+        chunk_bytes=chunk_bytes,
+        edited=bool(editing or call.to_loop.get("logits_processor") or call.to_loop.get("prefix_allowed_tokens_fn")),
+        vocab_size=vocab_size,
+        device=device,
+        broadcast_tokens=token_broadcast(model),
+    )
+
+
+def _sampling_settings(
+    request: Request, call: Call, prompts: int, copies: int, device: torch.device
+) -> SamplingSettings:
+    """The settings of the draws, one value for all rows or one per row, and one seed per row."""
+    given = SamplingSettings(
+        choose_temperature(request.temperature, call),
+        choose_top_p(request.top_p, call),
+        request.seeds,
+        request.generator,
+    )
+    check_generator(given.generator, device)
+    seeds = None if given.seeds is None else check_seeds(given.seeds, prompts)
+    return SamplingSettings(
+        _per_row_setting("temperature", given.temperature, prompts, copies),
+        _per_row_setting("top_p", given.top_p, prompts, copies),
+        None if seeds is None else repeat_interleave(seeds, copies),
+        given.generator,
+    )
+
+
+def _per_row_setting(name: str, value: float | Sequence[float], prompts: int, copies: int) -> float | Sequence[float]:
+    """A setting given once, or per prompt, as one given once or per row."""
+    if not isinstance(value, Sequence):
+        return value
+    check_count(name, len(value), prompts)
+    return value[0] if len(set(value)) == 1 else repeat_interleave(value, copies)
+
+
+def _lengths(
+    model: Any, prompts: list[list[int]], call: Call, request: Request
+) -> tuple[int | None, list[int], list[int]]:
+    """`max_seq_len`, and per prompt the most new tokens as asked and as `max_seq_len` leaves them."""
+    options = call.options
+    total = resolve_alias("max_seq_len", request.max_seq_len, "max_length", options.get("max_length"))
+    max_seq_len = context_of(model) if total is None else check_int("max_seq_len", total, least=1)
+    check_lengths(prompts, max_seq_len)
+    wanted = resolve_alias("max_gen_len", request.max_gen_len, "max_new_tokens", options.get("max_new_tokens"))
+    gen_lens = choose_gen_lens(wanted, None if total is None else max_seq_len, prompts)
+    limits = [
+        gen_len if max_seq_len is None else min(gen_len, max_seq_len - len(prompt))
+        for gen_len, prompt in zip(gen_lens, prompts, strict=True)
+    ]
+    return max_seq_len, gen_lens, limits
+
+
+def repeat_interleave(values: Sequence[Any], copies: int) -> list[Any]:
+    """Each value so many times, as `num_return_sequences` repeats prompts.
+
+    >>> repeat_interleave(["a", "b"], 2)
+    ['a', 'a', 'b', 'b']
+    """
+    return [value for value in values for _ in range(copies)]

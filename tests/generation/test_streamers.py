@@ -1,0 +1,47 @@
+"""Streamers get the tokens as they come."""
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer, TextStreamer
+
+from tests.generation.helpers import RAGGED, SHORT, Collect
+
+
+def test_a_streamer_receives_the_tokens(tiny_model, tiny_tokenizer):
+    """One row: the prompt, then a token at a time; a text streamer gives the text."""
+    streamer = Collect()
+    out = tiny_model.generate([SHORT], max_gen_len=6, seeds=1, streamer=streamer, eos_token_id=[])
+    assert streamer.ended
+    assert streamer.parts[0].tolist() == [SHORT]
+    assert [int(part) for part in streamer.parts[1:]] == out.tokens[0]
+    texts = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True)
+    tiny_model.generate([SHORT], max_gen_len=6, seeds=1, streamer=texts, eos_token_id=[])
+    assert "".join(texts) == tiny_tokenizer.decode(out.tokens[0])
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+def test_a_streamer_of_a_batch(tiny_model, schedule):
+    """One column at a time, for all rows; transformers' text streamer itself refuses more than one."""
+    streamer = Collect()
+    out = tiny_model.generate(
+        [SHORT, SHORT[::-1]], max_gen_len=5, seeds=1, streamer=streamer, schedule=schedule, eos_token_id=[]
+    )
+    assert torch.stack(streamer.parts[1:], 1).tolist() == out.tokens
+    with pytest.raises(ValueError, match="batch size 1"):
+        tiny_model.generate([SHORT] * 2, max_gen_len=2, streamer=TextStreamer(None))
+    nothing = Collect()
+    tiny_model.generate(RAGGED, max_gen_len=0, streamer=nothing, schedule="padded")
+    assert nothing.ended
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+def test_a_streamer_sees_pad_after_a_rows_end(tiny_model, schedule):
+    """As in transformers: what a finished row goes on with is pad, not text."""
+    asked = {"max_gen_len": 12, "seeds": 3, "schedule": schedule}
+    free = tiny_model.generate([SHORT, SHORT], eos_token_id=[], **asked).tokens
+    stop = next(token for token in free[0] if token not in free[1])
+    streamer = Collect()
+    tiny_model.generate([SHORT, SHORT], eos_token_id=[stop], pad_token_id=0, streamer=streamer, **asked)
+    end = free[0].index(stop) + 1
+    streamed = torch.stack(streamer.parts[1:], 1).tolist()
+    assert streamed == [free[0][:end] + [0] * (12 - end), free[1]]

@@ -45,5 +45,6 @@ def test_other_names_are_refused_as_in_any_module():
 
 def test_the_package_imports_nothing_above_it_until_asked():
     """`generation` lies below `llama`: importing it loads neither `llama` nor torch."""
-    code = "import sys, hf_llama_sampling.generation\nsys.exit(bool({'torch', 'hf_llama_sampling.llama'} & set(sys.modules)))"
+    loaded = "{'torch', 'hf_llama_sampling.llama'} & set(sys.modules)"
+    code = f"import sys, hf_llama_sampling.generation; sys.exit(bool({loaded}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,11 +1,11 @@
-"""Echo with log-probabilities for a ragged batch, one random stream per prompt.
+"""Echo with log-probabilities for a ragged batch, one random stream per prompt, and the perplexity of texts.
 
 python examples/prompt_logprobs.py MODEL
 """
 
+import math
 import sys
 
-import torch
 from transformers import AutoTokenizer
 
 from hf_llama_sampling import LlamaForCausalLM
@@ -13,16 +13,23 @@ from hf_llama_sampling import LlamaForCausalLM
 
 def main(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = LlamaForCausalLM.from_pretrained(name, dtype=torch.float32)
-    prompts = [tokenizer(text).input_ids for text in ("ROMEO:\nShe", "To be, or not to be: that is the")]
+    model = LlamaForCausalLM.from_pretrained(name, dtype="float32")
+    prompts = tokenizer(["ROMEO:\nShe", "To be, or not to be: that is the"]).input_ids
 
     output = model.generate(prompts, max_gen_len=24, seeds=7, echo=True, logprobs=True)
     for tokens, logprobs, reason in zip(output.tokens, output.logprobs, output.finish_reason, strict=True):
         print(tokenizer.decode(tokens, skip_special_tokens=True))
-        print(f"{len(tokens)} tokens, mean logprob {sum(logprobs) / len(logprobs):.3f}, ended by {reason}\n")
+        print(f"{len(tokens)} tokens, perplexity {perplexity(logprobs):.1f}, ended by {reason}\n")
 
-    texts = [tokenizer(text).input_ids for text in ("the king", "king the")]
-    print("scores:", [round(sum(row), 2) for row in model.score_tokens(texts).logprobs])
+    texts = ["the king", "king the"]
+    for text, logprobs in zip(texts, model.score_tokens(tokenizer(texts).input_ids).logprobs, strict=True):
+        print(f"{text!r}: {sum(logprobs):.2f} nats, perplexity {perplexity(logprobs):.1f}")
+
+
+def perplexity(logprobs: list[float]) -> float:
+    """Per scored token: nothing stands before a text's first one, so its 0.0 is no logprob."""
+    scored = logprobs[1:]
+    return math.exp(-sum(scored) / len(scored))
 
 
 if __name__ == "__main__":

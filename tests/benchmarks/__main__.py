@@ -1,4 +1,4 @@
-"""Measure speed and memory, and print the table that the README quotes."""
+"""Measure speed and memory, and print the table that docs/performance.md holds."""
 
 import argparse
 import contextlib

@@ -1,5 +1,8 @@
 """Every example runs on the bundled model, launched as its docstring says."""
 
+import ast
+import math
+import runpy
 import subprocess
 import sys
 
@@ -15,6 +18,8 @@ ARGUMENTS = {
     "prompt_logprobs.py": [TINY],
 }
 
+TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py"]
+
 
 def launch(name, *arguments):
     return subprocess.run(
@@ -29,8 +34,22 @@ def test_example_runs(name):
 
 
 def test_every_example_is_run():
-    """A new example needs a line here."""
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*ARGUMENTS, "train_tiny_llama.py"}
+    """A new example needs a line here, or a test of its own."""
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*ARGUMENTS, *TESTED_ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, *TESTED_ELSEWHERE])
+def test_example_says_how_it_is_launched(name):
+    """The command stands in the docstring, with as many arguments as the example takes."""
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / name).read_text())) or ""
+    command = next(line.split() for line in docstring.splitlines() if f"examples/{name}" in line)
+    assert len(command) - 2 >= len(ARGUMENTS.get(name, []))
+
+
+def test_perplexity_counts_scored_tokens_only():
+    """The first token's 0.0 is no logprob: three tokens at -1 nat each have a perplexity of e."""
+    perplexity = runpy.run_path(str(EXAMPLES / "prompt_logprobs.py"))["perplexity"]
+    assert perplexity([0.0, -1.0, -1.0, -1.0]) == pytest.approx(math.e)
 
 
 def test_training_writes_a_model_that_loads(tmp_path):

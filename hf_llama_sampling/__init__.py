@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .defaults import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .generation.continuations import LlamaContinuationOutput as LlamaContinuationOutput
     from .generation.mixin import LlamaForCausalLM as LlamaForCausalLM
     from .generation.mixin import LlamaGenerationMixin as LlamaGenerationMixin
     from .generation.mixin import with_llama_generation as with_llama_generation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "llama.dialog": ["Dialog", "Message", "Role"],
+    "generation.continuations": ["LlamaContinuationOutput"],
     "generation.mixin": ["LlamaForCausalLM", "LlamaGenerationMixin", "with_llama_generation"],
     "generation.outputs": ["LlamaGenerateOutput", "LlamaScoreOutput"],
     "llama.llama": ["ChatPrediction", "CompletionPrediction", "Llama"],

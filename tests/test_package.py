@@ -16,6 +16,7 @@ SURFACE = [
     "CompletionPrediction",
     "Dialog",
     "Llama",
+    "LlamaContinuationOutput",
     "LlamaForCausalLM",
     "LlamaGenerateOutput",
     "LlamaGenerationMixin",

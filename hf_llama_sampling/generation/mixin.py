@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
+from .continuations import LlamaContinuationOutput, continuations_scored
 from .inputs import check_lengths, read_prompts
 from .loop import run_loop, stream_prompts
 from .model_info import context_of, refuse_encoder_decoder, vocab_size_of
@@ -25,6 +26,7 @@ from .rows import collect_rows, unshifted_rows
 from .schedule import Schedule
 from .scoring import CHUNK_BYTES, score_prompts
 from .trimming import Compat
+from .walk import CACHE_BYTES
 
 
 class LlamaGenerationMixin(GenerationMixin):
@@ -180,6 +182,45 @@ class LlamaGenerationMixin(GenerationMixin):
         return LlamaScoreOutput(
             logprobs=[row.logprobs for row in scores],
             top_logprobs=[row.top_logprobs for row in scores] if top else None,
+        )
+
+    def score_continuations(
+        self,
+        contexts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        *,
+        bos: int | bool | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> LlamaContinuationOutput:
+        r"""Raw logprobs of given continuations of given contexts, as multiple-choice evaluations need them.
+
+        Whatever several contexts begin with is read once, and so is each context. No answer depends on the order or on
+        what else is in the lists.
+
+        Args:
+            contexts (N lists of token ids): the texts before.
+            continuations (for each context a list of lists of token ids): as many for each as you like.
+            bos (`int` or `True`, *optional*): the token that an empty context stands for: an id, or `True` for the
+                checkpoint's own. Without it empty contexts are refused. It is not put before other contexts.
+            chunk_bytes (`int`): memory for the logits of one forward, 128 MiB if not given.
+            cache_bytes (`int`): memory for the caches of shared beginnings, 1 GiB if not given. A beginning whose cache
+                does not fit is read again for each text; a single text's own cache is always allowed.
+
+        Returns:
+            [`LlamaContinuationOutput`]: `totals[i][j]`, `logprobs[i][j]` (one per token of the continuation) and
+            `is_greedy[i][j]`.
+
+        Raises:
+            ValueError: an empty context without `bos`, an empty continuation, an id outside the vocabulary, a text
+                beyond the model's context (row and continuation are named), or logits with nan or inf.
+            TypeError: text instead of ids, or lists that are nested otherwise.
+
+        >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
+        """
+        refuse_encoder_decoder(self)
+        return continuations_scored(
+            self, contexts, continuations, bos=bos, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
         )
 
 

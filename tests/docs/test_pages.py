@@ -148,6 +148,18 @@ def test_the_file_tree_is_the_packages():
     assert named == modules
 
 
+def test_names_of_the_rules_are_where_the_table_says():
+    """The last table of docs/architecture.md: each name is defined in a file of its line."""
+    table = (DOCS / "architecture.md").read_text().partition("| rule | file | name |")[2]
+    rows = [re.findall(r"`([\w/.]+)`", line.split(" | ", 1)[1]) for line in table.splitlines()[2:] if line]
+    assert len(rows) > 8
+    for words in rows:
+        files = [word for word in words if word.endswith(".py")]
+        text = "".join((ROOT / "hf_llama_sampling" / file).read_text() for file in files)
+        for name in (word for word in words if "." not in word):
+            assert re.search(rf"^(?:def|class) {name}\b", text, flags=re.MULTILINE), f"{name} is not in {files}"
+
+
 def test_files_that_the_pages_name_exist():
     """`sampling/streams.py` and its like, in any page."""
     for page in PAGES:

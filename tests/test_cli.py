@@ -109,6 +109,7 @@ def test_parity_notices_a_difference(capsys, monkeypatch):
     assert "DIFFERENT" in capsys.readouterr().out
 
 
+@pytest.mark.launches
 def test_chat_in_a_pipe_keeps_history_resets_and_exits():
     """Only answers reach standard output: one per message, the same again after a reset, none after /exit."""
     done = run("chat", "--temperature", "0", "--max-gen-len", "6", stdin="Hello\nAgain\n/reset\nHello\n/exit\nnever\n")

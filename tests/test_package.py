@@ -38,6 +38,7 @@ def test_public_surface():
     assert all(getattr(hf_llama_sampling, name).__doc__ for name in SURFACE if name not in ("Dialog", "Role"))
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("module", ["generation.trimming", "llama.dialog", "llama.tokenizer"])
 def test_pure_modules_do_not_import_torch(module):
     """They can be loaded, and read, without the rest."""
@@ -88,6 +89,7 @@ def test_bundled_model_learned_to_stop(tiny_model):
     assert output.finish_reason.count("stop") >= 12
 
 
+@pytest.mark.builds
 def test_wheel_carries_the_model_and_the_types(tmp_path):
     """The built wheel holds the bundled model and py.typed, and no tests."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]

@@ -287,6 +287,7 @@ def test_standard_streams(llama, tmp_path, monkeypatch):
         assert summary.tokens == sum(len(answer["tokens"]) for answer in expected)
 
 
+@pytest.mark.launches
 def test_named_pipes_can_be_read(llama, tmp_path):
     """An input that can be read only once is put aside first."""
     records = some_records(3)
@@ -893,6 +894,7 @@ def test_exit_status_and_summary(llama, tmp_path, capsys):
     assert capsys.readouterr().out.count("prompt_logprobs") == 3
 
 
+@pytest.mark.launches
 def test_launched_by_accelerate(llama, tmp_path):
     """Two processes from the command line: the status, the output, and one sentence where it is refused."""
     source = write(tmp_path / "in", some_records(5))
@@ -958,6 +960,7 @@ def test_no_output_stands_on_an_input_or_on_a_file_of_others(llama, tmp_path, ex
     assert {(tmp_path / "mine").read_text(), (tmp_path / "taken.run" / "keys").read_text()} == {"precious"}
 
 
+@pytest.mark.launches
 def test_no_output_stands_on_the_file_behind_standard_input(tmp_path):
     """`batch - FILE < FILE` is refused too, by the command, before a model is loaded."""
     source = write(tmp_path / "in", some_records(2))

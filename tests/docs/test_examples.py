@@ -27,6 +27,7 @@ def launch(name, *arguments):
     ).stdout
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_example_runs(name):
     """It ends without an error and prints an answer."""
@@ -52,6 +53,7 @@ def test_perplexity_counts_scored_tokens_only():
     assert perplexity([0.0, -1.0, -1.0, -1.0]) == pytest.approx(math.e)
 
 
+@pytest.mark.trains
 def test_training_writes_a_model_that_loads(tmp_path):
     """Two steps on a small text write a complete folder: weights, both tokenizers, and a card with the figures."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -66,6 +66,7 @@ def nothing_ran(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(
     ("command", "text"),
     [

@@ -274,6 +274,7 @@ def test_an_object_of_another_kind_is_refused(source):
         load_tokenizer(source)
 
 
+@pytest.mark.launches
 def test_torch_and_transformers_are_not_imported():
     """A SentencePiece tokenizer and the dialogs need neither."""
     code = (

@@ -135,6 +135,22 @@ def _check_seed(seed: Any, row: int) -> int:
     return number
 
 
+def check_generator(generator: Any, device: Any = None) -> None:
+    """A `torch.Generator` or None; where a device is given, one of the same kind of device."""
+    if generator is None:
+        return
+    if not (hasattr(generator, "initial_seed") and hasattr(generator, "device")):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {generator!r}: pass torch.Generator(device).manual_seed(...), "
+            "or seeds= for one stream per prompt"
+        )
+    if device is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"generator must live on the model's device {device}, got one on {generator.device}: make it with "
+            f"torch.Generator({device.type!r})"
+        )
+
+
 def first_not_none(*values: Any) -> Any:
     """The first value that is not None."""
     return next((value for value in values if value is not None), None)

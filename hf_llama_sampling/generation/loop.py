@@ -19,7 +19,8 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from ..sampling.processors import Stream, for_rows, one_hot, sample
+from ..sampling.rule import Draw
+from ..sampling.sampler import Stream, TokenSampler, one_hot
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .options import FOR_THE_LOOP, Call
 from .plan import Plan
@@ -53,36 +54,34 @@ class SamplingProcessor(LogitsProcessor):
     """Draw every row's token, force the prompts' own, record; answer with one-hot rows."""
 
     def __init__(self, plan: Plan, state: LoopState, stream: Stream) -> None:
-        self.plan, self.state, self.stream = plan, state, stream
-        rows = len(plan.prompts)
-        self.temperature = for_rows("temperature", _listed(plan.sampling.temperature), rows, plan.device)
-        self.top_p = for_rows("top_p", _listed(plan.sampling.top_p), rows, plan.device)
+        self.plan, self.state = plan, state
+        self.sampler = TokenSampler(plan.sampling, stream, rows=len(plan.prompts), device=plan.device)
         self.forced = plan.forced()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V)."""
         plan, state, column = self.plan, self.state, input_ids.shape[1]
         logits = scores.float()
-        self._note_nonfinite(logits, column)
-        draw = sample(logits, self.temperature, self.top_p, self.stream, column)
-        tokens, probs = draw.tokens, draw.probs
+        draw = self.sampler(logits, column, with_mass=plan.wants_scores)
+        self._note_nonfinite(logits, draw, column)
+        tokens, given = draw.tokens, None
         if self.forced is not None and column < plan.longest:
             given = self.forced[:, column]
-            tokens, probs = torch.where(given >= 0, given, tokens), torch.where(given >= 0, 1.0, probs)
+            tokens = torch.where(given >= 0, given, tokens)
         # A row that is done goes on with pad, as in transformers; it is cut off in the end, and no row sees another.
         tokens = torch.where(state.done, plan.fill_id, tokens)
         if plan.broadcast_tokens is not None:
             tokens = plan.broadcast_tokens(tokens)
         if plan.wants_scores:
             state.scores.append(score(logits[:, None], tokens[:, None], plan.top_logprobs))
-            state.drawn_with.append(probs)
+            state.drawn_with.append(draw.probs if given is None else torch.where(given >= 0, 1.0, draw.probs))
         return one_hot(tokens, logits)
 
-    def _note_nonfinite(self, logits: Tensor, column: int) -> None:
+    def _note_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
         """Keep the first column in which a row's logits hold nan or inf; beyond its limit they mean nothing."""
         state = self.state
-        # A finite sum has finite terms. Processors may set -inf on purpose, never nan or +inf.
-        probe = logits.amax(-1) if self.plan.edited else logits.sum(-1)
+        # nan and +inf show in the softmax. Processors may set -inf on purpose; a model's own logits are finite.
+        probe = draw.softmax_probs if self.plan.edited else draw.softmax_probs + logits.amin(-1)
         bad = ~torch.isfinite(probe) & ~state.done & (column < self.plan.ends)
         state.first_bad = torch.where(bad, state.first_bad.clamp(max=column), state.first_bad)
 
@@ -239,7 +238,3 @@ def leave_generator(plan: Plan, state: LoopState, stream: Stream) -> None:
     else:
         steps = plan.total_len - plan.shortest
     stream.leave_after(steps, (len(plan.prompts), plan.vocab_size), plan.device)
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,10 +1,11 @@
 """The rule as transformers' `LogitsProcessor`s: two stateless warpers and a sampler that draws by itself.
 
 All derive from `LogitsProcessor`, not from transformers' own warpers, which `generate_batch` replaces by its own. What
-this module does not do: it holds no rule (see `nucleus`), and it does not know where a text ends.
+this module does not do: it holds no rule (see `rule`), and it does not know where a text ends.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,39 +13,36 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..checks import (
-    PerRow,
-    both_streams,
-    check_count,
-    check_seeds,
-    check_temperature,
-    check_top_p,
-    nonfinite,
-    per_row,
-    seeds_as_given,
-)
+from ..checks import PerRow, check_count, check_generator, check_temperature, check_top_p, nonfinite, to_python
 from ..defaults import TEMPERATURE, TOP_P
-from . import fast_path as nucleus
-from . import streams
-from .fast_path import Draw, nucleus_mask, sample_by_rank, sample_by_token, softmax_with_temperature
-
-Stream = streams.MetaStream | streams.LookAhead | streams.PromptStreams
+from . import fast_path, rule
+from .rule import Draw
+from .sampler import TokenSampler, one_hot
+from .settings import SamplingSettings
+from .streams import MetaStream, PromptStreams, left_pads
 
 
 class LlamaTemperatureLogitsWarper(LogitsProcessor):
     r"""Divide the scores by the temperature in float32, as LLAMA2 does; temperature 0 leaves the best token alone.
 
-    Stateless. Pass it together with `LlamaTopPLogitsWarper` to any `generate(do_sample=True)`, and switch
-    transformers' own warpers off (`temperature=1.0, top_p=1.0, top_k=0`): they are added after yours.
+    Stateless: one object serves any batch, device, dtype and thread. Pass it with [`LlamaTopPLogitsWarper`] to any
+    `generate(do_sample=True)`, and switch transformers' own warpers off (`temperature=1.0, top_p=1.0, top_k=0`): they
+    are added after yours.
+
+    Source: facebookresearch/llama, ``llama/generation.py``, ``Llama.generate``.
 
     Args:
         temperature (`float`): 0 or above.
 
     Raises:
         ValueError: the temperature is negative, infinite or nan.
+        TypeError: it is no number; bools and strings are none.
 
-    >>> warpers = [LlamaTemperatureLogitsWarper(0.6), LlamaTopPLogitsWarper(0.9)]
-    >>> model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, logits_processor=warpers)
+    >>> warper = LlamaTemperatureLogitsWarper(0.5)
+    >>> warper(None, torch.tensor([[1.0, 2.0, -3.0]]))
+    tensor([[ 2.,  4., -6.]])
+    >>> LlamaTemperatureLogitsWarper(0)(None, torch.tensor([[1.0, 2.0, -3.0]]))
+    tensor([[-inf, 0., -inf]])
     """
 
     supports_continuous_batching = True
@@ -54,29 +52,29 @@ class LlamaTemperatureLogitsWarper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T), unused; scores: (B, V). Returns new float32 scores (B, V)."""
-        scores = scores.float()
         if self.temperature == 0:
             return one_hot(scores.argmax(-1), scores)
-        # Adding a constant to a row changes no probability; too cold a division would overflow without it.
-        probs_are_safe = self.temperature >= 1e-30
-        return scores / self.temperature if probs_are_safe else (scores - scores.amax(-1, keepdim=True)) / 1e-30
+        return rule.scale(scores, self.temperature)
 
 
 class LlamaTopPLogitsWarper(LogitsProcessor):
     r"""Keep LLAMA2's nucleus and set all other scores to -inf.
 
-    In descending order a token is dropped when the float32 mass before it, ``cumsum - p_i``, exceeds `top_p`
-    (facebookresearch/llama, ``sample_top_p``). Stateless; the temperature comes before it.
+    In descending order a token is dropped when the float32 mass before it, ``cumsum - p_i``, exceeds `top_p`.
+    Stateless: one object serves any batch, device, dtype and thread. The temperature comes before it.
+
+    Source: facebookresearch/llama, ``llama/generation.py``, ``sample_top_p``.
 
     Args:
         top_p (`float`): from 0 (the best token alone) to 1.
 
     Raises:
         ValueError: `top_p` is outside [0, 1].
+        TypeError: it is no number; bools and strings are none.
 
     >>> warper = LlamaTopPLogitsWarper(0.5)
-    >>> warper(None, torch.tensor([[0.5, 0.25, 0.25]]).log()).exp()  # transformers' own would keep one
-    tensor([[0.5000, 0.2500, 0.0000]])
+    >>> warper(None, torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()).exp()  # transformers' own would keep one token
+    tensor([[0.5000, 0.2500, 0.0000, 0.0000]])
     """
 
     supports_continuous_batching = True
@@ -86,14 +84,19 @@ class LlamaTopPLogitsWarper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T), unused; scores: (B, V). Returns new scores (B, V)."""
-        kept = nucleus_mask(torch.softmax(scores.float(), dim=-1), self.top_p)
-        return scores.masked_fill(~kept, -math.inf)
+        probs = torch.softmax(scores.detach().float(), dim=-1)
+        path = fast_path if fast_path.on_cpu(probs) else rule
+        return scores.masked_fill(~path.keep_mask(probs, self.top_p), -math.inf)
 
 
 class LlamaSampler(LogitsProcessor):
     r"""Draw LLAMA2's token and answer with a one-hot row: 0 at the token, -inf elsewhere.
 
-    For `generate(do_sample=False, logits_processor=[sampler])` on any model, after processors that edit logits.
+    For `generate(do_sample=False, logits_processor=[sampler])` on any model, after processors that edit logits. One
+    object serves calls of any batch size, device and dtype, one after the other or in several threads (a `generator`
+    then gives its numbers to whichever thread asks first; streams of `seeds` are each call's own).
+
+    Source of the rule: facebookresearch/llama, ``llama/generation.py``.
 
     Args:
         temperature (`float` or one per row): 0 means the best token, and `top_p` then plays no part.
@@ -106,10 +109,13 @@ class LlamaSampler(LogitsProcessor):
             mask, so that positions count from each row's first real token.
 
     Raises:
-        ValueError: a value out of range, `seeds` together with `generator`, or (at the call) a wrong number of rows.
+        ValueError: a value out of range, `seeds` together with `generator`; at the call: a wrong number of rows, a
+            generator of another device, or (on CPU) logits with nan or inf, row and position named.
+        TypeError: a value that is no number; bools and strings are none.
 
     >>> sampler = LlamaSampler(0.6, 0.9, seeds=7)
-    >>> model.generate(**inputs, do_sample=False, logits_processor=[sampler])
+    >>> sampler(torch.tensor([[1, 5]]), torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log())
+    tensor([[0., -inf, -inf, -inf]])
     """
 
     def __init__(
@@ -121,20 +127,16 @@ class LlamaSampler(LogitsProcessor):
         seeds: int | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
     ) -> None:
-        if seeds is not None and generator is not None:
-            raise ValueError(both_streams())
         if attention_mask is not None and seeds is None:
             raise ValueError(
                 "attention_mask sets the positions of per-prompt streams, so it needs seeds: give seeds, or drop it"
             )
-        self.temperature = per_row("temperature", temperature, check_temperature)
-        self.top_p = per_row("top_p", top_p, check_top_p)
+        settings = SamplingSettings(temperature, top_p, seeds, generator)
+        # Attributes may be set anew, lists changed in place: the next call checks and takes them as they then are.
+        self.temperature, self.top_p, self.seeds = map(_as_list, (settings.temperature, settings.top_p, settings.seeds))
         self.generator = generator
-        self.seeds = None if seeds is None else seeds_as_given(seeds)
         self.pads = None if attention_mask is None else left_pads(attention_mask)
-        self.stream: Stream = streams.MetaStream(generator)
-        self.made_for: tuple[Any, ...] = ()
-        self.on_device: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)  # temperature and top_p
+        self._ready = threading.local()  # the last call's settings, and its TokenSampler
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V), one-hot."""
@@ -143,60 +145,73 @@ class LlamaSampler(LogitsProcessor):
                 f"LlamaSampler needs input_ids of shape (B, T), got {tuple(input_ids.shape)}: under continuous "
                 "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
             )
-        self._set_up(len(scores), scores.device)
-        if nucleus.on_cpu(scores):
-            bad = ~torch.isfinite(scores.amax(-1))
+        column = input_ids.shape[1]
+        sampler = self._sampler_for(len(scores), scores.device)
+        draw = sampler(scores.detach().float(), column, with_mass=False)
+        if fast_path.on_cpu(scores):
+            bad = draw.softmax_probs.isnan()
             if bad.any():
                 row = int(bad.nonzero()[0])
-                raise nonfinite(row, input_ids.shape[1] - (self.pads[row] if self.pads else 0))
-        draw = sample(scores.float(), *self.on_device, self.stream, input_ids.shape[1])
+                raise nonfinite(row, column - (self.pads[row] if self.pads else 0))
         return one_hot(draw.tokens, scores)
 
-    def _set_up(self, rows: int, device: torch.device) -> None:
-        """What a batch needs beside its logits, once: a copy from the host in every step would wait for the device."""
-        asked = (rows, device, *map(_frozen, (self.temperature, self.top_p, self.seeds)), self.generator)
-        if self.made_for == asked:
-            return
-        temperature = per_row("temperature", self.temperature, check_temperature)
-        top_p = per_row("top_p", self.top_p, check_top_p)
-        self.on_device = (
-            for_rows("temperature", temperature, rows, device),
-            for_rows("top_p", top_p, rows, device),
-        )
-        if self.seeds is None:
-            self.stream = streams.MetaStream(self.generator)
-        else:
-            pads = self.pads or [0] * rows
-            check_count("attention_mask", len(pads), rows)
-            self.stream = streams.PromptStreams(check_seeds(self.seeds, rows), [0] * rows, [-pad for pad in pads])
-        self.made_for = asked
+    def _sampler_for(self, rows: int, device: torch.device) -> TokenSampler:
+        """A sampler for such a batch: the last call's, if nothing has changed since."""
+        settings = tuple(map(_as_tuple, (self.temperature, self.top_p, self.seeds))), self.generator
+        asked = (rows, device, settings)
+        if getattr(self._ready, "asked", None) != asked:
+            self._ready.sampler = self._make_sampler(rows, device)
+            self._ready.asked = asked
+        return self._ready.sampler  # type: ignore[no-any-return]
+
+    def _make_sampler(self, rows: int, device: torch.device) -> TokenSampler:
+        settings = SamplingSettings(self.temperature, self.top_p, self.seeds, self.generator).for_rows(rows)
+        if settings.seeds is None:
+            return TokenSampler(settings, MetaStream(self.generator), rows=rows, device=device)
+        pads = self.pads or [0] * rows
+        check_count("attention_mask", len(pads), rows)
+        assert isinstance(settings.seeds, tuple)
+        stream = PromptStreams(settings.seeds, [0] * rows, [-pad for pad in pads])
+        return TokenSampler(settings, stream, rows=rows, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their samplers anew: a thread's state cannot travel."""
+        return {name: value for name, value in self.__dict__.items() if name != "_ready"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ready = threading.local()
 
 
-def _frozen(values: Any) -> Any:
+def _as_list(values: Any) -> Any:
+    return list(values) if isinstance(values, tuple) else values
+
+
+def _as_tuple(values: Any) -> Any:
     """A setting as it is now, whatever is done to its list later."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return tuple(values) if isinstance(values, (list, tuple)) else values
+    values = to_python(values)
+    return tuple(values) if isinstance(values, list) else values
 
 
-def sample(logits: Tensor, temperature: float | Tensor, top_p: float | Tensor, stream: Stream, column: int) -> Draw:
-    """The ladder of one step: scale, keep the nucleus, draw. logits: (B, V) float32; per-row settings: (B, 1)."""
-    if not isinstance(temperature, Tensor) and temperature == 0:
-        tokens = logits.argmax(-1)
-        return Draw(tokens, torch.ones_like(tokens, dtype=torch.float32))
-    noise = stream.step(logits.shape, logits.device, column)
-    by = sample_by_rank if stream.by_rank else sample_by_token
-    draw = by(softmax_with_temperature(logits, temperature), top_p, noise)
-    if not isinstance(temperature, Tensor):
-        return draw
-    greedy = (temperature == 0).squeeze(1)
-    return Draw(torch.where(greedy, logits.argmax(-1), draw.tokens), torch.where(greedy, 1.0, draw.probs))
+def _check_distributions(probs: Tensor) -> None:
+    """Refuse what no token can be drawn from, as ``torch.multinomial`` does. probs: (B, V), on CPU."""
+    total = probs.sum(-1)
+    for row in (~((probs.amin(-1) >= 0) & (total > 0) & (total < math.inf))).nonzero()[:1, 0].tolist():
+        if not torch.isfinite(probs[row]).all():
+            raise ValueError(
+                f"probs must be finite, but row {row} holds nan or inf: check the logits that they were made of"
+            )
+        raise ValueError(
+            f"probs must be 0 or above and sum to 1, but row {row} has a minimum of {float(probs[row].min())} and sums "
+            f"to {float(total[row])}: pass probabilities, such as torch.softmax(logits, dim=-1)"
+        )
 
 
 def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Draw from the nucleus of each row: equal to the reference's ``sample_top_p`` bit for bit, ties included.
 
     Args:
-        probs: (B, V) float32, each row summing to 1.
+        probs: (B, V) float32, each row summing to 1; not changed (the reference overwrites a sorted copy).
         p: from 0 to 1.
         generator: of the same device; torch's global one if not given. It is left as the reference leaves it.
 
@@ -204,53 +219,27 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
         ids, LongTensor (B, 1).
 
     Raises:
-        ValueError: `p` is outside [0, 1], `probs` is not of two dimensions, or (seen on CPU alone) holds nan or inf.
+        ValueError: `p` is outside [0, 1], `probs` is not of two dimensions, or (seen on CPU alone) a row of it is no
+            distribution: nan, inf, negative, or all 0.
+        TypeError: `p` is no number; bools and strings are none.
+
+    >>> sample_top_p(torch.tensor([[0.1, 0.6, 0.3]]), 0.5)  # 0.6 is before 0.3, and more than 0.5
+    tensor([[1]])
     """
     if probs.dim() != 2:
         raise ValueError(
             f"probs must be of shape (B, V), got {tuple(probs.shape)}: add a batch dimension with probs[None]"
         )
-    p, probs = check_top_p(p), probs.float()
-    if nucleus.on_cpu(probs) and not torch.isfinite(probs.sum(-1)).all():
-        raise ValueError("probs must be finite, but hold nan or inf: check the logits that they were made of")
+    p, probs = check_top_p(p), probs.detach().float()
+    check_generator(generator, probs.device)
+    if fast_path.on_cpu(probs):
+        _check_distributions(probs)
     if probs.is_contiguous():
-        noise = streams.MetaStream(generator).step(probs.shape, probs.device, 0)
-        return sample_by_rank(probs, p, noise).tokens[:, None]
+        noise = MetaStream(generator).step(probs.shape, probs.device, 0)
+        draw: Draw = (fast_path if fast_path.on_cpu(probs) else rule).draw_by_rank(probs, p, noise)
+        return draw.tokens[:, None]
     # torch sorts ties, sums, and fills with random numbers in memory's order: in another layout keep to its own steps.
     ordered, tokens = torch.sort(probs, dim=-1, descending=True)
     ordered.masked_fill_(ordered.cumsum(-1) - ordered > p, 0.0)
     ordered /= ordered.sum(-1, keepdim=True)
     return tokens.gather(1, torch.multinomial(ordered, num_samples=1, generator=generator))
-
-
-def one_hot(tokens: Tensor, scores: Tensor) -> Tensor:
-    """(B, V) float32: 0 at `tokens` (B,), -inf elsewhere, so that argmax and softmax both give the token."""
-    row = torch.full(scores.shape, -math.inf, dtype=torch.float32, device=scores.device)
-    return row.scatter_(1, tokens[:, None], 0.0)
-
-
-def for_rows(name: str, value: float | list[float], rows: int, device: torch.device) -> float | Tensor:
-    """Per-row settings as a tensor (B, 1); a shared one stays a Python number.
-
-    The difference matters: on CUDA a division by a number and one by a tensor round differently, and the reference
-    divides by a number.
-    """
-    if not isinstance(value, list):
-        return value
-    check_count(name, len(value), rows)
-    if len(set(value)) == 1:
-        return value[0]
-    return torch.tensor(value, dtype=torch.float32, device=device)[:, None]
-
-
-def left_pads(attention_mask: Tensor) -> list[int]:
-    """How many pads stand before each row of a left-padded batch. attention_mask: (B, T)."""
-    mask = attention_mask != 0
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask must be of shape (B, T), got {tuple(mask.shape)}: add a batch dimension")
-    for row, seen in enumerate(mask.tolist()):
-        if seen != sorted(seen):
-            raise ValueError(
-                f"attention_mask must be left-padded, but row {row} has a 0 after a 1: pad with padding_side='left'"
-            )
-    return [int(pads) for pads in (~mask).sum(-1).tolist()]

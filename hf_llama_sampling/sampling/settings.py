@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import both_streams, check_count, check_seeds, check_temperature, check_top_p, per_row, seeds_as_given
+from ..checks import (
+    both_streams,
+    check_count,
+    check_generator,
+    check_seeds,
+    check_temperature,
+    check_top_p,
+    per_row,
+    seeds_as_given,
+)
 from ..defaults import TEMPERATURE, TOP_P
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.seeds is not None and self.generator is not None:
             raise ValueError(both_streams())
+        check_generator(self.generator)
         checked = {
             "temperature": per_row("temperature", self.temperature, check_temperature),
             "top_p": per_row("top_p", self.top_p, check_top_p),

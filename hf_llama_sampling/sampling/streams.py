@@ -1,52 +1,37 @@
-"""The random numbers of a draw, under two contracts. Every draw is a race: the least ``Exp(1) / p`` wins.
+"""The random numbers of a draw, under two contracts. Every draw is a race: the largest ``p / Exp(1)`` wins.
 
 * **Meta's stream** (`MetaStream`, `LookAhead`): one torch generator, (B, V) values a step in the reference's order,
   indexed by a token's rank in the sorted nucleus. The same seed gives the reference's tokens.
 * **One stream per prompt** (`PromptStreams`): a value is a function of (the row's seed, the position in the row, the
   token id) and of nothing else, so a row's draws do not depend on its batch, the schedule or the device.
 
-The counter-based generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): its
-Philox4x32-10 turns (seed, position) into the key and counter of a Philox2x32-10 over token ids. What this module does
+A stream's ``step(shape, device, column)`` gives the `Noise` of the step that makes this column. What this module does
 not do: it knows nothing of probabilities.
 """
 
-import functools
-import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
-_MULTIPLIER_2 = 0xD256D193
-_MULTIPLIERS_4 = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+from . import fast_path
+from .philox import WORD, philox2x32, philox2x32_in_numpy, philox4x32
+from .rule import Noise
 
-# What `LookAhead` may keep of the draws it made ahead, and the fewest ranks of each that it keeps whatever that costs.
+# Memory that `LookAhead` may use for the draws it made ahead, and the fewest ranks of each that it keeps in any case.
 LOOK_AHEAD_BYTES = 32 << 20
 LEAST_RANKS = 32
-_BLOCK = 64  # positions whose keys are derived at once
-_SPAN = 1 << 16  # token ids whose words are computed at once on CPU
-
-Words = TypeVar("Words", Tensor, "np.ndarray[Any, Any]")
-
-
-def exponential(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """(B, V) float32 Exp(1) values as ``torch.multinomial`` draws them for a tensor of this shape."""
-    return torch.empty(tuple(shape), dtype=torch.float32, device=device).exponential_(1.0, generator=generator)
+_BLOCK = 64  # columns whose keys are derived at once
 
 
 class Block:
-    """One step's (B, V) Exp(1) values, drawn at once; those that are asked for are computed then.
+    """One step's (B, V) Exp(1) values: drawn at once, and on CPU computed for the ranks that are asked for.
 
-    On CPU a value is made of one 64-bit word of the generator, and its logarithm costs several times the word. A
-    nucleus is a few ranks, so the words alone are drawn, if this build of torch is seen to make its values so.
+    On CPU a value is made of one 64-bit word of the generator, and its logarithm costs several times the word. So the
+    words alone are drawn, if this build of torch is seen to make its values in that way.
 
-    One buffer serves all steps: fresh ones among what is kept for long would leave holes that no other fits.
+    One buffer serves all steps: a new one a step would leave holes in memory between the draws that are kept.
     """
 
     def __init__(self) -> None:
@@ -56,42 +41,19 @@ class Block:
     def draw(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> None:
         """Draw the next block over the last one."""
         if self.drawn.shape != tuple(shape) or self.drawn.device.type != device.type:
-            self.words = device.type == "cpu" and _a_word_makes_a_value()
+            self.words = fast_path.on_cpu(device) and fast_path.words_make_exponentials()
             dtype = torch.long if self.words else torch.float32
-            self.drawn = torch.empty(tuple(shape), dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a later step may be in another grad mode
+                self.drawn = torch.empty(tuple(shape), dtype=dtype, device=device)
         if self.words:
             self.drawn.random_(generator=generator)
         else:
             self.drawn.exponential_(1.0, generator=generator)
 
     def first(self, ranks: int, rows: Tensor | None = None) -> Tensor:
-        """(R, ranks): the first ranks of all rows, or of some; good until the next draw."""
+        """(R, ranks): the first ranks of all rows, or of some; valid until the next draw."""
         drawn = self.drawn[:, :ranks] if rows is None else self.drawn[:, :ranks][rows]
-        return _exponential_of(drawn) if self.words else drawn
-
-
-def _exponential_of(words: Tensor) -> Tensor:
-    """What ``exponential_`` makes of these words on CPU: ``-log1p(-u)`` in float64 of 53 bits, rounded to float32.
-
-    torch's vectorized log1p and the C library's, which ``exponential_`` calls, may differ in the last bit of the
-    float64. Where four times that would round to another float32, about once in 2**26 values, the C library is asked.
-    """
-    uniform = (words & ((1 << 53) - 1)).double().mul_(2.0**-53)
-    exact = torch.log1p(-uniform).neg_()
-    values = (exact * (1 + 2.0**-50)).float()
-    unsure = (values != (exact * (1 - 2.0**-50)).float()).numpy()
-    for place in zip(*unsure.nonzero(), strict=True):
-        values[place] = -math.log1p(-float(uniform[place]))
-    return values
-
-
-@functools.cache
-def _a_word_makes_a_value() -> bool:
-    """Whether this build draws Exp(1) values as `_exponential_of` does; one with MKL's generators does not."""
-    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
-    values = _exponential_of(torch.empty(1000, dtype=torch.long).random_(generator=one))
-    as_torch_does = exponential((1000,), torch.device("cpu"), other)
-    return torch.equal(values, as_torch_does) and torch.equal(one.get_state(), other.get_state())
+        return fast_path.exponential_of_words(drawn) if self.words else drawn
 
 
 class MetaStream:
@@ -103,9 +65,7 @@ class MetaStream:
         self.generator = generator
         self.block = Block()
 
-    def step(
-        self, shape: Sequence[int], device: torch.device, column: int
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """This step's noise. Draws at once: the reference consumes a block in every step, whatever is then used."""
         self.block.draw(shape, device, self.generator)
         return lambda tokens, rows: self.block.first(tokens.shape[1], rows)
@@ -133,9 +93,7 @@ class LookAhead:
         self.states: list[Tensor] = []  # before each block drawn so far
         self.kept: deque[Tensor] = deque()  # the last max(lags) + 1 blocks, (B, ranks) each
 
-    def step(
-        self, shape: Sequence[int], device: torch.device, column: int
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """The noise of each row's own step, which the reference would come to `lag` steps later."""
         step, depth = column - self.first_column, max(self.lags) + 1
         generator = self._generator(device)
@@ -205,15 +163,13 @@ class PromptStreams:
     by_rank = False
 
     def __init__(self, seeds: Sequence[int], copies: Sequence[int], first_positions: Sequence[int]) -> None:
-        self.seeds = torch.tensor([[seed & _WORD, seed >> 32] for seed in seeds], dtype=torch.long)  # (B, 2)
+        self.seeds = torch.tensor([[seed & WORD, seed >> 32] for seed in seeds], dtype=torch.long)  # (B, 2)
         self.copies = torch.tensor(list(copies), dtype=torch.long)
         self.first_positions = torch.tensor(list(first_positions), dtype=torch.long)
         self.block_start = -1
         self.words = torch.empty(0)
 
-    def step(
-        self, shape: Sequence[int], device: torch.device, column: int
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """This step's noise: nothing is computed before it is asked for, and then only for the tokens asked for."""
         start = column - column % _BLOCK
         if start != self.block_start:
@@ -231,58 +187,30 @@ class PromptStreams:
         positions = self.first_positions[:, None] + torch.arange(start, start + _BLOCK)  # (B, block)
         copies = self.copies[:, None].expand_as(positions)
         zero = torch.zeros_like(positions)
-        words = philox4x32((positions & _WORD, copies, zero, zero), (self.seeds[:, :1], self.seeds[:, 1:]))
+        words = philox4x32((positions & WORD, copies, zero, zero), (self.seeds[:, :1], self.seeds[:, 1:]))
         return torch.stack(words[:2], dim=-1)
 
 
 def token_noise(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
     """(R, K) float32 Exp(1) values for token ids (R, K) under a row's key and salt (R, 1)."""
-    words = _words_in_numpy(tokens, key, salt) if tokens.device.type == "cpu" else philox2x32(tokens, salt, key)
-    uniform = words.float() * 2.0**-32
-    # log1p keeps the small values, which decide the race, at full resolution; the half step keeps 0 out.
-    return -torch.log1p(-(uniform + 2.0**-33))
+    words = (philox2x32_in_numpy if fast_path.on_cpu(tokens) else philox2x32)(tokens, salt, key)
+    # -log1p(-u) keeps the small values, which decide the race, at full resolution; the half step keeps 0 out of u.
+    minus_uniform = words.float().mul_(-(2.0**-32)).sub_(2.0**-33)
+    return minus_uniform.log1p_().neg_()
 
 
-def _words_in_numpy(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
-    """`philox2x32` on CPU: NumPy starts an operation in a third of torch's time, and a nucleus is a few tokens.
+def left_pads(attention_mask: Tensor) -> list[int]:
+    """How many pads stand before each row of a left-padded batch. attention_mask: (B, T).
 
-    Large ones go in spans that stay in the cache; beyond it each operation would wait for fresh pages.
+    >>> left_pads(torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    [2, 0]
     """
-    ids, keys, salts = tokens.numpy(), key.numpy(), salt.numpy()
-    if ids.size <= _SPAN:
-        return torch.from_numpy(philox2x32(ids, salts, keys))
-    words = np.empty(ids.shape, dtype=np.int64)
-    for row in range(len(ids)):
-        for first in range(0, ids.shape[1], _SPAN):
-            span = slice(first, first + _SPAN)
-            words[row, span] = philox2x32(ids[row, span], salts[row], keys[row])
-    return torch.from_numpy(words)
-
-
-def philox2x32(counter0: Words, counter1: Words, key: Words) -> Words:
-    """The first word of Philox2x32-10. Words are int64 in [0, 2**32); `counter0` has the result's shape.
-
-    int64 products wrap modulo 2**64: their low word is right, and so is their high word below its sign extension. What
-    stands above the 32 bits of a word is masked off once a round, before the next product.
-    """
-    left, right = counter0, counter1
-    for round_ in range(_ROUNDS):
-        product = left * _MULTIPLIER_2
-        left = product >> 32
-        left ^= right
-        left ^= key + round_ * _WEYL[0]
-        left &= _WORD
-        right = product
-    return left
-
-
-def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words of Philox4x32-10, of int64 tensors in [0, 2**32) that broadcast together."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        first, second = c0 * _MULTIPLIERS_4[0], c2 * _MULTIPLIERS_4[1]
-        c0, c1 = ((second >> 32) ^ c1 ^ k0) & _WORD, second & _WORD
-        c2, c3 = ((first >> 32) ^ c3 ^ k1) & _WORD, first & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
+    mask = attention_mask != 0
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask must be of shape (B, T), got {tuple(mask.shape)}: add a batch dimension")
+    for row, seen in enumerate(mask.tolist()):
+        if seen != sorted(seen):
+            raise ValueError(
+                f"attention_mask must be left-padded, but row {row} has a 0 after a 1: pad with padding_side='left'"
+            )
+    return [int(pads) for pads in (~mask).sum(-1).tolist()]

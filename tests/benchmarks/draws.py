@@ -7,7 +7,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from hf_llama_sampling.reference import reference_sample_top_p
-from hf_llama_sampling.sampling.processors import sample
+from hf_llama_sampling.sampling.sampler import TokenSampler
+from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.sampling.streams import MetaStream, PromptStreams
 
 from .measure import Effort, Line, in_turn, line
@@ -26,8 +27,10 @@ class Draws:
     def __init__(self, vocab: int, batch: int, deviation: float) -> None:
         generator = torch.Generator().manual_seed(vocab + batch)
         self.logits = [torch.randn(batch, vocab, generator=generator) * deviation for _ in range(COPIES)]
-        self.seeds = PromptStreams(list(range(batch)), [0] * batch, [0] * batch)
-        self.meta = MetaStream(None)
+        settings, where = SamplingSettings(TEMPERATURE, TOP_P), {"rows": batch, "device": torch.device("cpu")}
+        seeded = PromptStreams(list(range(batch)), [0] * batch, [0] * batch)
+        self.seeds = TokenSampler(settings, seeded, **where)
+        self.meta = TokenSampler(settings, MetaStream(None), **where)
         self.column = 0
 
     def _next(self) -> torch.Tensor:
@@ -36,11 +39,11 @@ class Draws:
 
     def one_stream_per_prompt(self) -> torch.Tensor:
         """This package with ``seeds``."""
-        return sample(self._next(), TEMPERATURE, TOP_P, self.seeds, self.column).tokens
+        return self.seeds(self._next(), self.column, with_mass=False).tokens
 
     def metas_stream(self) -> torch.Tensor:
         """This package without: the reference's draws."""
-        return sample(self._next(), TEMPERATURE, TOP_P, self.meta, self.column).tokens
+        return self.meta(self._next(), self.column, with_mass=False).tokens
 
     def transformers(self) -> torch.Tensor:
         """What `generate(do_sample=True)` does with a temperature and a top-p."""

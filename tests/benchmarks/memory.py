@@ -8,8 +8,7 @@ import torch
 import transformers
 
 from hf_llama_sampling.generation.inputs import left_padded
-from hf_llama_sampling.sampling import fast_path as nucleus
-from hf_llama_sampling.sampling import streams as noise
+from hf_llama_sampling.sampling import fast_path
 from hf_llama_sampling.sampling.streams import LookAhead
 
 from .loops import TEMPERATURE, TOP_P, Models, Ragged, ours_with_logprobs, plain_scores, transformers_recipe
@@ -124,11 +123,7 @@ def device_waits(models: Models) -> Iterator[Line]:
 def _per_step(run: Callable[[int], None]) -> tuple[float, float]:
     """Waits and operations per step of a run of so many steps, as where neither NumPy nor a look at a value will do."""
     counts = []
-    with (
-        mock.patch.object(nucleus, "on_cpu", lambda probs: False),
-        mock.patch.object(noise, "_words_in_numpy", lambda tokens, key, salt: noise.philox2x32(tokens, salt, key)),
-        mock.patch.object(noise, "_a_word_makes_a_value", lambda: False),
-    ):
+    with mock.patch.object(fast_path, "on_cpu", lambda values: False):
         run(4)  # what is done once in a process
         for new in (4, 20):
             with Waits() as counted:

@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 
 from hf_llama_sampling import sample_top_p
 from hf_llama_sampling.reference import reference_sample_top_p
-from hf_llama_sampling.sampling import fast_path as nucleus
-from hf_llama_sampling.sampling.fast_path import (
-    RADIX,
-    WINDOW,
-    nucleus_mask,
-    radix_nucleus,
-    sample_by_rank,
-    sample_by_token,
-    softmax_with_temperature,
-    sorted_nucleus,
-    windowed_nucleus,
-)
+from hf_llama_sampling.sampling import fast_path, rule
+from hf_llama_sampling.sampling.fast_path import RADIX, WINDOW, radix_nucleus, windowed_nucleus
 
 KINDS = ("peaked", "flat", "tied", "bfloat16", "float16")
 
@@ -59,12 +49,9 @@ def exp_noise(rows, vocab, generator):
     return by_rank, by_token
 
 
-def full_draw(probs, p, noise, *, by_token):
-    """The race over the whole sorted vocabulary: no window, no proof. By token, over the raw probabilities."""
-    full = sorted_nucleus(probs, p, stable=by_token)
-    scores = (full.ordered if by_token else full.probs) / noise(full.tokens, None)
-    rank = scores.masked_fill(~full.kept, -1.0).argmax(-1, keepdim=True)
-    return full.tokens.gather(1, rank)[:, 0], full.probs.gather(1, rank)[:, 0]
+def same_draws(one, other):
+    """Equal bit for bit: tokens, their probabilities, and the mass of the nuclei."""
+    return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("p", [0, 0.1, 0.5, 0.9, 0.99, 1])
@@ -139,16 +126,9 @@ def test_window_equals_the_full_path():
     for probs, p in window_rows(generator):
         by_rank, by_token = exp_noise(*probs.shape, generator)
         before = probs.clone()
-        tokens, drawn_with = full_draw(probs, p, by_rank, by_token=False)
-        draw = sample_by_rank(probs, p, by_rank)
-        assert torch.equal(draw.tokens, tokens)
-        assert torch.equal(draw.probs, drawn_with)
-        tokens, drawn_with = full_draw(probs, p, by_token, by_token=True)
-        draw = sample_by_token(probs, p, by_token)
-        assert torch.equal(draw.tokens, tokens)
-        assert torch.equal(draw.probs, drawn_with)
-        full = sorted_nucleus(probs, p)
-        assert torch.equal(nucleus_mask(probs, p), torch.zeros_like(full.kept).scatter(1, full.tokens, full.kept))
+        assert same_draws(fast_path.draw_by_rank(probs, p, by_rank), rule.draw_by_rank(probs, p, by_rank))
+        assert same_draws(fast_path.draw_by_token(probs, p, by_token), rule.draw_by_token(probs, p, by_token))
+        assert torch.equal(fast_path.keep_mask(probs, p), rule.keep_mask(probs, p))
         assert torch.equal(probs, before)
         rows += len(probs)
     assert rows > 100_000
@@ -176,10 +156,7 @@ def test_a_lone_spilled_row_is_normalized_as_in_its_batch():
             probs = torch.softmax(logits, dim=-1)
             assert windowed_nucleus(probs, 0.99, width=WINDOW)[1].tolist() == [True, False, True]
             by_rank, _ = exp_noise(3, 60_000, generator)
-            tokens, drawn_with = full_draw(probs, 0.99, by_rank, by_token=False)
-            draw = sample_by_rank(probs, 0.99, by_rank)
-            assert torch.equal(draw.tokens, tokens)
-            assert torch.equal(draw.probs, drawn_with)
+            assert same_draws(fast_path.draw_by_rank(probs, 0.99, by_rank), rule.draw_by_rank(probs, 0.99, by_rank))
     finally:
         torch.set_num_threads(threads)
 
@@ -187,31 +164,12 @@ def test_a_lone_spilled_row_is_normalized_as_in_its_batch():
 def test_noise_is_asked_for_the_nucleus_only():
     """Of peaked rows the draw asks for as many columns as the widest nucleus has: a look-ahead kept as many."""
     probs = torch.softmax(torch.randn(4, 4096, generator=torch.Generator().manual_seed(9)) * 9, dim=-1)
-    widest = int(nucleus_mask(probs, 0.9).sum(-1).max())
+    widest = int(fast_path.keep_mask(probs, 0.9).sum(-1).max())
     assert widest < 32
-    for sample in (sample_by_rank, sample_by_token):
+    for sample in (fast_path.draw_by_rank, fast_path.draw_by_token):
         asked = []
         sample(probs, 0.9, lambda tokens, rows, asked=asked: asked.append(tokens.shape) or torch.ones(tokens.shape))
         assert asked == [(4, widest)]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
-def test_without_looking_the_answers_are_the_same(monkeypatch, p):
-    """The path of other devices, which never reads a tensor on the host, gives the same tokens and nucleus."""
-    generator = torch.Generator().manual_seed(7)
-    for kind in KINDS:
-        for rows, vocab in [(50, 9), (20, 500), (2, 5000)]:
-            probs = torch.softmax(make_logits(kind, rows, vocab, generator), dim=-1)
-            by_rank, by_token = exp_noise(rows, vocab, generator)
-            looking = [sample_by_rank(probs, p, by_rank), sample_by_token(probs, p, by_token)]
-            mask = nucleus_mask(probs, p)
-            with monkeypatch.context() as patch:
-                patch.setattr(nucleus, "on_cpu", lambda probs: False)
-                blind = [sample_by_rank(probs, p, by_rank), sample_by_token(probs, p, by_token)]
-                assert torch.equal(mask, nucleus_mask(probs, p))
-            for one, other in zip(looking, blind, strict=True):
-                assert torch.equal(one.tokens, other.tokens)
-                assert torch.equal(one.probs, other.probs)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +188,7 @@ def test_without_looking_the_answers_are_the_same(monkeypatch, p):
 )
 def test_exact_rows(row, p, kept):
     """Powers of two, so that every sum is exact: a token stays while the mass before it is at most p."""
-    mask = nucleus_mask(torch.tensor([row]), p)[0]
+    mask = fast_path.keep_mask(torch.tensor([row]), p)[0]
     assert mask.sum() == sum(kept)
     if sorted(row)[0] != sorted(row)[1]:
         assert mask.tolist() == [bool(keep) for keep in kept]
@@ -240,10 +198,14 @@ def test_exact_rows(row, p, kept):
 
 def test_kept_probabilities_are_renormalized():
     """[.5, .25, .25] with p = .5 draws from two tokens with 2/3 and 1/3."""
-    full = sorted_nucleus(torch.tensor([[0.25, 0.5, 0.125, 0.125]]), 0.5)
+    full = rule.nucleus(torch.tensor([[0.25, 0.5, 0.125, 0.125]]), 0.5)
     assert full.tokens[0, :2].tolist() == [1, 0]
-    assert full.kept.tolist() == [[True, True, False, False]]
-    assert torch.equal(full.probs, torch.tensor([[0.5, 0.25, 0.0, 0.0]]) / 0.75)
+    assert full.dropped.tolist() == [[False, False, True, True]]
+    for noise, drawn, prob in (([1, 9, 9, 9], 1, 2 / 3), ([9, 1, 9, 9], 0, 1 / 3), ([9, 9, 1e-9, 1e-9], 1, 2 / 3)):
+        draw = rule.race(full, full.probs, torch.tensor([noise]), rule.mass_of(full))
+        assert draw.tokens.tolist() == [drawn]
+        assert draw.nucleus_mass.tolist() == [0.75]
+        assert draw.probs.tolist() == [pytest.approx(prob, rel=1e-6)]
 
 
 def test_where_ties_straddle_the_edge_seeded_draws_keep_the_lower_ids():
@@ -254,7 +216,7 @@ def test_where_ties_straddle_the_edge_seeded_draws_keep_the_lower_ids():
         drawn = set()
         for seed in range(40):
             _, by_token = exp_noise(1, vocab, torch.Generator().manual_seed(seed))
-            drawn.add(int(sample_by_token(probs, 0.25, by_token).tokens))
+            drawn.add(int(fast_path.draw_by_token(probs, 0.25, by_token).tokens))
         assert len(drawn) > 2
         assert max(drawn) <= count
 
@@ -263,12 +225,12 @@ def test_where_ties_straddle_the_edge_seeded_draws_keep_the_lower_ids():
 def test_extreme_temperatures_give_distributions(temperature):
     """No nan: the coldest is the best token alone, the hottest is uniform; as a tensor likewise."""
     logits = torch.tensor([[3.0, -2.0, 1.0, 2.999], [-300.0, 500.0, 20.0, 0.0], [1e8, 1e8 - 100, -1e8, 0.0]])
-    probs = softmax_with_temperature(logits, temperature)
+    probs = fast_path.softmax_with_temperature(logits, temperature)
     assert torch.isfinite(probs).all()
     assert torch.allclose(probs.sum(-1), torch.ones(3))
     if temperature < 1e-8:
         assert torch.equal(probs, torch.nn.functional.one_hot(logits.argmax(-1), 4).float())
-    per_row = softmax_with_temperature(logits, torch.full((3, 1), temperature))
+    per_row = fast_path.softmax_with_temperature(logits, torch.full((3, 1), temperature))
     assert torch.equal(per_row, probs)
     assert sample_top_p(probs, 0.9).shape == (3, 1)
 
@@ -282,17 +244,19 @@ def test_one_setting_per_row_equals_the_rows_alone(kind):
     for vocab in (5, 700, 5000):
         logits = make_logits(kind, 8, vocab, generator)
         before = logits.clone()
-        probs = softmax_with_temperature(logits, torch.tensor(temperatures)[:, None])
+        probs = fast_path.softmax_with_temperature(logits, torch.tensor(temperatures)[:, None])
         assert torch.equal(logits, before)
         p = torch.tensor(ps)[:, None]
         by_rank, by_token = exp_noise(8, vocab, generator)
-        draws = sample_by_rank(probs, p, by_rank), sample_by_token(probs, p, by_token)
-        mask = nucleus_mask(probs, p)
+        draws = fast_path.draw_by_rank(probs, p, by_rank), fast_path.draw_by_token(probs, p, by_token)
+        mask = fast_path.keep_mask(probs, p)
         for row in range(8):
-            alone = softmax_with_temperature(logits[row : row + 1], temperatures[row])
+            alone = fast_path.softmax_with_temperature(logits[row : row + 1], temperatures[row])
             assert torch.equal(alone[0], probs[row])
-            assert torch.equal(nucleus_mask(alone, ps[row])[0], mask[row])
-            for draw, sample, noise in zip(draws, (sample_by_rank, sample_by_token), (by_rank, by_token), strict=True):
+            assert torch.equal(fast_path.keep_mask(alone, ps[row])[0], mask[row])
+            for draw, sample, noise in zip(
+                draws, (fast_path.draw_by_rank, fast_path.draw_by_token), (by_rank, by_token), strict=True
+            ):
                 here = torch.tensor([row])
                 single = sample(alone, ps[row], lambda t, some, noise=noise, here=here: noise(t, here))
                 assert single.tokens[0] == draw.tokens[row]
@@ -305,9 +269,12 @@ def test_logits_beside_others_are_not_touched_by_an_infinite_row():
     bad = logits.clone()
     bad[1, 4] = math.nan
     for temperature in (0.6, torch.tensor([[0.6], [0.6], [0.5]])):
-        good, mixed = softmax_with_temperature(logits, temperature), softmax_with_temperature(bad, temperature)
+        good, mixed = (
+            fast_path.softmax_with_temperature(logits, temperature),
+            fast_path.softmax_with_temperature(bad, temperature),
+        )
         assert torch.equal(good[[0, 2]], mixed[[0, 2]])
-        for sample, which in ((sample_by_rank, 0), (sample_by_token, 1)):
+        for sample, which in ((fast_path.draw_by_rank, 0), (fast_path.draw_by_token, 1)):
             noise = exp_noise(3, 50, torch.Generator().manual_seed(1))[which]
             assert torch.equal(sample(good, 0.9, noise).tokens[[0, 2]], sample(mixed, 0.9, noise).tokens[[0, 2]])
 
@@ -316,10 +283,10 @@ def test_logits_beside_others_are_not_touched_by_an_infinite_row():
 def test_rows_without_a_distribution_draw_something(value):
     """Where every row is nan or infinite a draw still answers, so that the caller can name the row."""
     for shape in ((1, 5), (2, 600)):
-        probs = softmax_with_temperature(torch.full(shape, value), 0.6)
+        probs = fast_path.softmax_with_temperature(torch.full(shape, value), 0.6)
         by_rank, by_token = exp_noise(*shape, torch.Generator().manual_seed(1))
-        assert sample_by_rank(probs, 0.9, by_rank).tokens.shape == (shape[0],)
-        assert sample_by_token(probs, 0.9, by_token).tokens.shape == (shape[0],)
+        assert fast_path.draw_by_rank(probs, 0.9, by_rank).tokens.shape == (shape[0],)
+        assert fast_path.draw_by_token(probs, 0.9, by_token).tokens.shape == (shape[0],)
 
 
 # What makes a proof fail is mass near the edge: equal values, denormals, one-hot rows, a window exactly full.
@@ -348,13 +315,9 @@ def test_nothing_breaks_the_window(pieces, p, at_the_edge, normalized, seed):
         before = ordered.cumsum(-1) - ordered
         p = min(1.0, float(before[int(torch.randint(len(before), (), generator=generator))]))
     by_rank, by_token = exp_noise(*probs.shape, generator)
-    for sample, noise, seeded in ((sample_by_rank, by_rank, False), (sample_by_token, by_token, True)):
-        tokens, drawn_with = full_draw(probs, p, noise, by_token=seeded)
-        draw = sample(probs, p, noise)
-        assert torch.equal(draw.tokens, tokens)
-        assert torch.equal(draw.probs, drawn_with)
-    full = sorted_nucleus(probs, p)
-    assert torch.equal(nucleus_mask(probs, p), torch.zeros_like(full.kept).scatter(1, full.tokens, full.kept))
+    assert same_draws(fast_path.draw_by_rank(probs, p, by_rank), rule.draw_by_rank(probs, p, by_rank))
+    assert same_draws(fast_path.draw_by_token(probs, p, by_token), rule.draw_by_token(probs, p, by_token))
+    assert torch.equal(fast_path.keep_mask(probs, p), rule.keep_mask(probs, p))
 
 
 @pytest.mark.parametrize("size", [RADIX // 4 - 1, RADIX // 4, RADIX - 1, RADIX, RADIX + 1, 128_256])
@@ -363,5 +326,5 @@ def test_the_radix_sort_is_the_stable_sort(size, kind):
     """All four fields equal bit for bit, around the sizes where the road changes, ties and zeros included."""
     logits = torch.randn(2, size) * {"flat": 0.5, "tied": 3.0, "zeros": 60.0}[kind]
     probs = torch.softmax(logits.bfloat16().float() if kind == "tied" else logits, dim=-1)
-    for ours, theirs in zip(radix_nucleus(probs, 0.9), sorted_nucleus(probs, 0.9, stable=True), strict=True):
+    for ours, theirs in zip(radix_nucleus(probs, 0.9), rule.nucleus(probs, 0.9, stable=True), strict=True):
         assert torch.equal(ours, theirs)

@@ -11,7 +11,9 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
 from hf_llama_sampling import LlamaSampler, LlamaTemperatureLogitsWarper, LlamaTopPLogitsWarper, sample_top_p
-from hf_llama_sampling.sampling.processors import one_hot, sample
+from hf_llama_sampling.sampling.sampler import TokenSampler, one_hot
+from hf_llama_sampling.sampling.settings import SamplingSettings
+from hf_llama_sampling.sampling.streams import PromptStreams
 
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 PROMPT = [1, 40, 41]
@@ -407,11 +409,11 @@ def test_wrong_arguments_are_refused(refused, error, message):
 
 def test_the_ladder_reports_the_probability_drawn_with():
     """[.5, .25, .25] at p = .5: one of the first two (or its tie), with 2/3 or 1/3; greedy rows with 1."""
-    scores = scores_of([0.5, 0.25, 0.125, 0.125])
-    stream = LlamaSampler(seeds=[0]).stream
-    draw = sample(scores, 1.0, 0.5, stream, 0)
+    scores, here = scores_of([0.5, 0.25, 0.125, 0.125]), {"rows": 1, "device": torch.device("cpu")}
+    stream = PromptStreams([0], [0], [0])
+    draw = TokenSampler(SamplingSettings(1.0, 0.5), stream, **here)(scores, 0)
     assert float(draw.probs) == pytest.approx({0: 2 / 3, 1: 1 / 3}[int(draw.tokens)], rel=1e-6)
-    draw = sample(scores, 0.0, 0.5, stream, 0)
+    draw = TokenSampler(SamplingSettings(0.0, 0.5), stream, **here)(scores, 0)
     assert draw.tokens.tolist() == [0]
     assert draw.probs.tolist() == [1.0]
 

@@ -6,16 +6,14 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_llama_sampling.sampling import streams
+from hf_llama_sampling.sampling import fast_path, streams
+from hf_llama_sampling.sampling.philox import philox2x32, philox4x32
 from hf_llama_sampling.sampling.streams import (
     LEAST_RANKS,
     LOOK_AHEAD_BYTES,
     LookAhead,
     MetaStream,
     PromptStreams,
-    exponential,
-    philox2x32,
-    philox4x32,
     token_noise,
 )
 
@@ -37,6 +35,11 @@ KNOWN_2X32 = [
     ((ALL, ALL), ALL, 0x2C3F628B),
     ((0x243F6A88, 0x85A308D3), 0x13198A2E, 0xDD7CE038),
 ]
+
+
+def exponential(shape, device, generator):
+    """(B, V) values as torch draws them."""
+    return torch.empty(shape, device=device).exponential_(generator=generator)
 
 
 def words(*values):
@@ -337,7 +340,7 @@ def test_a_block_is_what_exponential_draws(shape, ranks):
 
 def test_a_build_that_draws_otherwise_is_noticed(monkeypatch):
     """Where a word does not make a value as here, values are drawn as torch draws them."""
-    monkeypatch.setattr(streams, "_a_word_makes_a_value", lambda: False)
+    monkeypatch.setattr(fast_path, "words_make_exponentials", lambda: False)
     block = streams.Block()
     block.draw((2, 50), CPU, torch.Generator().manual_seed(3))
     assert not block.words

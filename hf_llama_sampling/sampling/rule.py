@@ -1,0 +1,112 @@
+"""LLAMA2's sampling rule on tensors of any device: temperature, nucleus, race.
+
+The names in facebookresearch/llama, ``llama/generation.py``, and here: the softmax in ``generate`` is
+`softmax_with_temperature`; in ``sample_top_p`` the sort and the mask are `nucleus`, and ``multinomial`` is `race`.
+
+The rule differs from transformers' top-p in one sentence: in descending order a token is dropped when the float32 mass
+before it, computed as ``cumsum - p_i``, is strictly greater than ``top_p``, whereas transformers drops from the
+ascending end where ``cumsum <= 1 - p``.
+
+What this module does not do: it makes no random numbers (they come in as `Noise`), keeps no state, and never reads a
+tensor on the host, so that no draw waits for its device. `fast_path` gives the same answers faster on CPU.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A lower temperature acts as this one: all mass is on the best logit, and float32 still divides by it.
+COLDEST = 1e-30
+
+Noise = Callable[[Tensor, Tensor | None], Tensor]
+"""``noise(tokens, rows)``: Exp(1) values (R, K) for token ids (R, K), best first, of these rows of the batch or all."""
+
+
+class Nucleus(NamedTuple):
+    """The tokens of each row, most probable first. Shapes (B, K), K <= V."""
+
+    tokens: Tensor  # ids
+    probs: Tensor  # descending
+    dropped: Tensor  # bool: outside the nucleus
+
+
+class Draw(NamedTuple):
+    """One token per row. Shapes (B,)."""
+
+    tokens: Tensor  # ids
+    softmax_probs: Tensor  # of the tokens, over the whole vocabulary after temperature; nan for logits with nan or inf
+    nucleus_mass: Tensor | None = None  # sum of the nucleus' `softmax_probs`; None where nobody asked for it
+
+    @property
+    def probs(self) -> Tensor:
+        """(B,): the probability that each token was drawn with, in its renormalized nucleus."""
+        assert self.nucleus_mass is not None
+        return self.softmax_probs / self.nucleus_mass
+
+
+def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """``logits / temperature`` in float32. logits: (B, V); temperature: a number, or (B, 1), above 0.
+
+    Where the quotient of the best logit overflows, the best logit is subtracted first: that changes no probability.
+    """
+    logits = logits.float()
+    temperature = temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else max(temperature, COLDEST)
+    best = logits.amax(-1, keepdim=True)
+    overflows = (best / temperature).abs() == torch.inf
+    return (logits - best * overflows) / temperature
+
+
+def softmax_with_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """``softmax(logits / temperature)`` in float32, (B, V); a row with nan, +inf or only -inf becomes nan."""
+    return torch.softmax(scale(logits, temperature), dim=-1)
+
+
+def nucleus(probs: Tensor, top_p: float | Tensor, *, stable: bool = False) -> Nucleus:
+    """Sort, and drop each token with more than `top_p` before it. probs: (B, V) float32; top_p: a number, or (B, 1)."""
+    ordered, tokens = torch.sort(probs, dim=-1, descending=True, stable=stable)
+    return Nucleus(tokens, ordered, ordered.cumsum(-1) - ordered > top_p)
+
+
+def keep_mask(probs: Tensor, top_p: float | Tensor) -> Tensor:
+    """(B, V) bool: the tokens in the nucleus."""
+    return mask_of(nucleus(probs, top_p), probs)
+
+
+def draw_by_rank(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
+    """Draw as the reference does: over the sorted, renormalized nucleus, noise indexed by rank.
+
+    Equal to ``torch.multinomial`` over those probabilities when the noise is what
+    ``torch.empty_like(probs).exponential_()`` draws from the same generator.
+    """
+    found = nucleus(probs, top_p)
+    mass = mass_of(found)
+    return race(found, found.probs / mass, noise(found.tokens, None), mass)
+
+
+def draw_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise, *, with_mass: bool = True) -> Draw:
+    """Draw with noise that belongs to the token ids, whatever their order.
+
+    The sort is stable: where equal probabilities straddle the nucleus' edge, the lower ids are kept on every device.
+    """
+    found = nucleus(probs, top_p, stable=True)
+    return race(found, found.probs, noise(found.tokens, None), mass_of(found) if with_mass else None)
+
+
+def race(found: Nucleus, weights: Tensor, noise: Tensor, mass: Tensor | None) -> Draw:
+    """The token with the largest ``weight / Exp(1)`` of each row; it wins with its share of the weights."""
+    scores = (weights / noise).masked_fill_(found.dropped, -1.0)
+    winner = scores.argmax(-1, keepdim=True)
+    tokens, probs = found.tokens.gather(1, winner), found.probs.gather(1, winner)
+    return Draw(tokens.squeeze(1), probs.squeeze(1), None if mass is None else mass.squeeze(1))
+
+
+def mass_of(found: Nucleus) -> Tensor:
+    """(B, 1): the sum of the nucleus' probabilities."""
+    return found.probs.masked_fill(found.dropped, 0.0).sum(-1, keepdim=True)
+
+
+def mask_of(found: Nucleus, probs: Tensor) -> Tensor:
+    """(B, V) bool: the nucleus at its tokens' places; a token that `found` does not hold is outside."""
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(1, found.tokens, ~found.dropped)

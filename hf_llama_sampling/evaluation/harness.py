@@ -1,0 +1,265 @@
+"""A model of lm-evaluation-harness: headers and contexts are read once, and sampled evaluations repeat exactly.
+
+The rules for spaces, empty contexts, truncation and token counts are the harness' own
+(EleutherAI/lm-evaluation-harness, ``lm_eval/api/model.py``, ``lm_eval/models/huggingface.py``). What this module does
+not do: it knows no task.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+from transformers import StoppingCriteria
+
+from ..checks import check_int, first_not_none
+from ..llama.llama import Llama
+
+_MAX_LENGTH = 2048  # tokens, where neither the call nor the model says; the harness' own
+_MAX_GEN_TOKS = 256  # the harness' own
+_NOT_OURS = ("do_sample", "until", "max_gen_toks", "temperature")
+
+
+@register_model("hf-llama")
+class LlamaLM(TemplateLM):
+    """LLAMA2's generation and scoring as a model of lm-evaluation-harness.
+
+    Args:
+        pretrained: what `Llama.build` takes as `ckpt_dir` (a transformers folder, Meta's own, a GGUF file, a Hub id), a
+            `Llama`, or a transformers model.
+        tokenizer: where the tokenizer is, or a tokenizer; where `pretrained` is, if not given. A transformers model
+            needs one.
+        batch_size: most prompts in one call of `generate`. Scoring cuts its work by memory instead.
+        seeds: the run's seed. Each document draws from a stream of its own, from this and its text; 1 if not given.
+        max_length: most tokens of a text; the model's context if not given.
+        add_bos_token: whether texts start with BOS; the tokenizer's own habit if not given.
+        dtype, device: as `Llama.build` takes them (`device` as its `device_map`).
+
+    Raises:
+        ValueError: a value is out of range, or a transformers model comes without its tokenizer.
+
+    >>> import hf_llama_sampling.evaluation  # registers "hf-llama"
+    >>> lm_eval.simple_evaluate(model="hf-llama", model_args="pretrained=FOLDER", tasks=["lambada_openai"])
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: Any,
+        tokenizer: Any = None,
+        *,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        seeds: int = 1,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        dtype: Any = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.llama = _llama(pretrained, tokenizer, dtype, device)
+        self.model = self.llama.model
+        self.tokenizer = getattr(self.llama.tokenizer, "tokenizer", None)
+        self.batch_size = 8 if batch_size in ("auto", None) else check_int("batch_size", int(batch_size), least=1)
+        self.seeds = check_int("seeds", seeds, least=0, most=2**64 - 1)
+        self.max_length = int(first_not_none(max_length, self.llama.max_seq_len, _MAX_LENGTH))
+        self.add_bos_token = add_bos_token
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return int(self.llama.tokenizer.eos_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that an empty context stands for: BOS, or EOS where there is none."""
+        bos = int(self.llama.tokenizer.bos_id)
+        return bos if bos >= 0 else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, for the harness' caches."""
+        name = getattr(self.tokenizer, "name_or_path", type(self.llama.tokenizer).__name__)
+        return str(name).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text, never with two BOS. Without `add_special_tokens`, `add_bos_token` or the tokenizer decides."""
+        if self.tokenizer is None:
+            wanted = first_not_none(add_special_tokens, self.add_bos_token, True)
+            ids: list[int] = self.llama.tokenizer.encode(string, bos=wanted, eos=False)
+            return ids
+        wanted = first_not_none(add_special_tokens, self.add_bos_token)
+        bos = self.tokenizer.decode([self.prefix_token_id])
+        if add_special_tokens is None and bos and string.startswith(bos):
+            wanted = False
+        options = {} if wanted is None else {"add_special_tokens": wanted}
+        return [int(token) for token in self.tokenizer.encode(string, **options)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation in the tokenizer's own chat format, as text."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "a chat template comes with a transformers tokenizer, and this is a SentencePiece file: give the "
+                "transformers tokenizer, or leave --apply_chat_template out"
+            )
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (texts, context, continuation) the continuation's logprob, and whether it is the greedy one."""
+        wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)  # context -> requests
+        for place, (_, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(f"a continuation must hold at least one token, but that of request {place} is empty")
+            # The harness' own truncation: the last `max_length` tokens are read, the one after them is scored.
+            kept = [*context, *continuation][-(self.max_length + 1) :]
+            wanted[tuple(kept[: -len(continuation)])].append(place)
+        contexts = list(wanted)
+        made = self.model.score_continuations(
+            [list(context) for context in contexts],
+            [[requests[place][2] for place in wanted[context]] for context in contexts],
+        )
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for row, places in enumerate(wanted.values()):
+            for column, place in enumerate(places):
+                answers[place] = (made.totals[row][column], made.is_greedy[row][column])
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The logprob of each whole text, in windows that share one token of context, as the harness cuts them."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for (text,) in [request.args for request in requests]:
+            cut = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            found = [(None, *utils.make_disjoint_window(window)) for window in cut]
+            windows += found
+            counts.append(len(found))
+        scored = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm) if windows else [])
+        totals = [sum(next(scored)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The completion of each context, up to the first of its stop strings."""
+        seeds = self._seeds([request.args for request in requests])
+        groups: dict[str, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items(), key=str))].append(place)
+        answers: list[str] = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+            for places in groups.values():
+                for batch in self._batches([requests[place].args[0] for place in places], places):
+                    texts = self._complete(
+                        [requests[place].args[0] for place in batch],
+                        requests[batch[0]].args[1],
+                        [seeds[place] for place in batch],
+                    )
+                    for place, text in zip(batch, texts, strict=True):
+                        answers[place] = text
+                        self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                    bar.update(len(batch))
+        return answers
+
+    def _seeds(self, documents: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
+        """A seed for each document, from the run's, its text, and how many equal ones stand before it."""
+        earlier: Counter[str] = Counter()
+        seeds = []
+        for context, settings in documents:
+            what = repr((context, sorted(settings.items(), key=str)))
+            digest = hashlib.blake2b(
+                f"{self.seeds} {earlier[what]} {what}".encode(errors="surrogatepass"), digest_size=8
+            )
+            seeds.append(int.from_bytes(digest.digest(), "big"))
+            earlier[what] += 1
+        return seeds
+
+    def _batches(self, texts: Sequence[str], places: Sequence[int]) -> Iterator[list[int]]:
+        """The places in batches, longest texts first, so that a batch that does not fit shows at once."""
+        order = sorted(range(len(places)), key=lambda i: (-len(texts[i]), i))
+        for start in range(0, len(order), self.batch_size):
+            yield [places[i] for i in order[start : start + self.batch_size]]
+
+    def _complete(self, contexts: Sequence[str], settings: dict[str, Any], seeds: list[int]) -> list[str]:
+        """One call of `generate`, with settings that all contexts share."""
+        asked = dict(normalize_gen_kwargs(settings, _MAX_GEN_TOKS))
+        eos = self.llama.tokenizer.decode([self.eot_token_id]) if self.tokenizer is None else None
+        eos = self.tokenizer.decode([self.eot_token_id]) if self.tokenizer is not None else eos
+        until = handle_stop_sequences(asked.get("until"), eos=eos or None)
+        max_gen_toks, sampled = int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
+        room = self.max_length - max_gen_toks
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks must leave room for a prompt in {self.max_length} tokens, got {max_gen_toks}: lower it"
+            )
+        prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        output = self.model.generate(
+            prompts,
+            max_gen_len=max_gen_toks,
+            max_seq_len=self.max_length,
+            eos_token_id=self.eot_token_id,
+            temperature=asked["temperature"] if sampled else 0,
+            seeds=seeds,
+            schedule="padded",
+            stopping_criteria=[_StopStrings(until, self.llama.text_of)],
+            **{name: value for name, value in asked.items() if name not in _NOT_OURS},
+        )
+        return [
+            str(postprocess_generated_text(self.llama.text_of(tokens), until, think_end_token=None))
+            for tokens in output.tokens
+        ]
+
+
+class _StopStrings(StoppingCriteria):
+    """End a row when the text that it generated holds a stop string."""
+
+    def __init__(self, until: Sequence[str], text_of: Any) -> None:
+        self.until = [text for text in until if text]
+        self.text_of = text_of
+        self.start: int | None = None  # the column in which all completions begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """input_ids: (B, T). Returns (B,) bool."""
+        if self.start is None:
+            self.start = input_ids.shape[1] - 1
+        texts = [self.text_of(row) for row in input_ids[:, self.start :].tolist()]
+        met = [any(stop in text for stop in self.until) for text in texts]
+        return torch.tensor(met, device=input_ids.device)
+
+
+def _llama(pretrained: Any, tokenizer: Any, dtype: Any, device: str | None) -> Llama:
+    """What `pretrained` stands for, behind one interface."""
+    if isinstance(pretrained, Llama):
+        return pretrained
+    if isinstance(pretrained, str | Path):
+        where = pretrained if tokenizer is None else tokenizer
+        with contextlib.redirect_stdout(io.StringIO()):  # the harness prints results there
+            return Llama.build(pretrained, where, None, None, dtype=dtype, device_map=device)
+    if tokenizer is None:
+        raise ValueError("a transformers model comes without its tokenizer: pass tokenizer=")
+    return Llama(pretrained, tokenizer)

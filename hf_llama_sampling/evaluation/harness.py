@@ -93,7 +93,7 @@ class LlamaLM(TemplateLM):
         return str(name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, never with two BOS. Without `add_special_tokens`, `add_bos_token` or the tokenizer decides."""
+        """Token ids of a text, never with two BOS; the call, `add_bos_token` or the tokenizer decides about one."""
         if self.tokenizer is None:
             wanted = first_not_none(add_special_tokens, self.add_bos_token, True)
             ids: list[int] = self.llama.tokenizer.encode(string, bos=wanted, eos=False)

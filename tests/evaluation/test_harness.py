@@ -52,7 +52,9 @@ def tasks(tmp_path_factory):
     ]:
         task = text.format(file=folder / "docs.jsonl", **more).replace("local_generate", f"local_{name}")
         (folder / f"{name}.yaml").write_text(task)
-    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,12 @@ class ReferenceAssertion(ValueError, AssertionError):
     """A refusal where the reference asserts, so that scripts which catch its `AssertionError` go on."""
 
 
-class ReferenceTypeAssertion(TypeError, ReferenceAssertion):
+class ReferenceTypeError(TypeError, ReferenceAssertion):
     """The same where the reference asserts a type."""
+
+
+class ReferenceFileNotFoundError(FileNotFoundError, ReferenceAssertion):
+    """The same where the reference asserts that a file is there."""
 
 
 def check_bool(name: str, value: Any, way_out: str = "") -> bool:

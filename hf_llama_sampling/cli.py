@@ -1,15 +1,33 @@
-"""The command ``hf-llama-sampling``: arguments in, calls of the package, text out. Wiring only."""
+"""The command ``hf-llama-sampling``: every option of every command; calls of the package in between, text out.
+
+Wiring only. torch and transformers take seconds to import, so this module imports neither before a command runs.
+"""
 
 import argparse
 import contextlib
-import json
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import check_int, seeds_as_given
+from .console import (
+    check_stdout,
+    exit_on_interrupt,
+    leave_stdout,
+    on_terminal,
+    progress,
+    quiet_loading,
+    read_file,
+    read_lines,
+    say,
+    standard_streams,
+    write,
+    write_json,
+    write_logprobs,
+)
 from .defaults import BATCH_SIZE, BATCH_TOKENS, TEMPERATURE, TOP_P, WINDOW, __version__
+from .sampling.settings import SamplingSettings
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
 GEN_LEN = 128
@@ -17,40 +35,41 @@ _MODEL_FORMS = (
     "Meta's folder (params.json, consolidated.*.pth), a transformers folder, a Hub id or a GGUF file "
     "(default: the bundled tiny model)"
 )
+_LEAST = {"max_gen_len": 0, "max_seq_len": 1, "batch_size": 1, "batch_tokens": 1, "window": 1, "top_logprobs": 0}
+_REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. A refusal is one sentence on standard error, and status 2."""
-    arguments = _parser().parse_args(argv)
+    name = "hf-llama-sampling"
     try:
-        status: int = arguments.run(arguments)
+        arguments = _parser().parse_args(argv)
+        name = f"{name} {arguments.command}"
+        with standard_streams():
+            _check(arguments)
+            status: int = arguments.run(arguments)
         return status
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say("")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        leave_stdout()
         return 0
-    except (ValueError, TypeError, OSError) as error:
-        print(f"hf-llama-sampling {arguments.command}: {error}", file=sys.stderr)
+    except _REFUSALS as error:
+        leave_stdout()
+        say(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
         return 2
 
 
 def complete(arguments: argparse.Namespace) -> int:
     """Complete prompts and print them."""
-    prompts = arguments.prompts
-    if not prompts and sys.stdin is not None:
-        if sys.stdin.isatty():
-            print("Prompts, one per line; Ctrl-D ends them.", file=sys.stderr)
-        prompts = [line.rstrip("\r\n") for line in sys.stdin]
-    if not prompts:
-        raise ValueError("complete needs a prompt: give it as an argument, or one per line on standard input")
+    prompts = _prompts(arguments)
     llama = _load(arguments)
-    with _progress(arguments.max_gen_len) as streamer:
+    with progress(arguments.max_gen_len) as streamer:
         answers = llama.text_completion(
             prompts,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
+            temperature=arguments.settings.temperature,
+            top_p=arguments.settings.top_p,
             max_gen_len=arguments.max_gen_len,
             logprobs=arguments.logprobs,
             echo=arguments.echo,
@@ -58,112 +77,114 @@ def complete(arguments: argparse.Namespace) -> int:
         )
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if arguments.json:
-            print(json.dumps({"prompt": prompt, **answer}, ensure_ascii=False))
+            write_json({"prompt": prompt, **answer})
             continue
         if len(prompts) > 1:
-            print(f"{'' if row == 0 else chr(10)}--- prompt {row + 1}: {prompt}")
-        print(answer["generation"])
+            write(f"{'' if row == 0 else chr(10)}--- prompt {row + 1}: {prompt}")
+        write(answer["generation"])
         if arguments.logprobs:
-            print(_beside(answer["tokens"], answer["logprobs"]))
+            write_logprobs(answer["tokens"], answer["logprobs"])
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts of `complete`: arguments and files, or lines of standard input if there are none."""
+    check_stdout("complete")
+    prompts = [*arguments.prompts, *(read_file(path) for path in arguments.file)]
+    if not prompts and sys.stdin is not None:
+        if on_terminal(sys.stdin):
+            say("Prompts, one per line; Ctrl-D ends them.")
+        prompts = list(read_lines(sys.stdin))
+    if not prompts:
+        raise ValueError("complete needs a prompt: give it as an argument, by --file, or per line on standard input")
+    return prompts
 
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk with the model, line by line, until /exit, Ctrl-D or Ctrl-C."""
-    from .checks import check_temperature, check_top_p
-    from .llama.dialog import UNSAFE_ERROR, Message, is_unsafe
-    from .llama.llama import TextStreamer
+    from .llama.dialog import is_unsafe
 
-    check_temperature(arguments.temperature)
-    check_top_p(arguments.top_p)
+    check_stdout("chat")
+    if sys.stdin is None:
+        raise ValueError("chat reads messages from standard input, and it is closed: open it")
     if arguments.system and is_unsafe([{"role": "user", "content": arguments.system}]):
         raise ValueError(f"a system message must hold none of LLAMA2's tags, got {arguments.system!r}")
     llama = _load(arguments)
-    start: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    dialog = list(start)
-    if sys.stdin is None:
-        raise ValueError("chat reads messages from standard input, and there is none: open it")
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    from .llama.conversation import Conversation
+
+    conversation = Conversation(
+        llama,
+        arguments.settings,
+        arguments.max_gen_len,
+        system=arguments.system,
+        chat_format="llama2" if arguments.llama2_format else "auto",
+    )
+    terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # a terminal by itself cuts a line at 4,095 bytes
-        print("/reset forgets the conversation, /exit or Ctrl-D ends it.", file=sys.stderr)
+        say("/reset forgets the conversation, /exit or Ctrl-D ends it.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            said = input("> " if terminal else "").strip()
-            if said == "/exit":
-                return 0
+        while (said := input("> " if terminal else "").strip()) != "/exit":
             if said == "/reset":
-                dialog = list(start)
-            if not said or said == "/reset":
-                continue
-            asked: list[Message] = [*dialog, {"role": "user", "content": said}]
-            own_format = not arguments.llama2_format and llama.has_chat_template
-            if not own_format and is_unsafe(asked[-1:]):
-                print(UNSAFE_ERROR, flush=True)
-                continue
-            try:
-                prompt = llama.encode_dialog(asked, "template" if own_format else "llama2")
-                room = llama.max_seq_len - len(prompt)
-                if room <= 0:
-                    raise ValueError(
-                        f"the conversation has {len(prompt)} tokens and the model reads {llama.max_seq_len}: "
-                        "/reset starts a new one"
-                    )
-                printer = TextStreamer(llama.text_of, lambda text: print(text, end="", flush=True))
-                tokens, _ = llama.generate(
-                    [prompt],
-                    min(room, arguments.max_gen_len),
-                    arguments.temperature,
-                    arguments.top_p,
-                    streamer=printer,
-                )
-            except ValueError as error:
-                print(f"hf-llama-sampling chat: {error}", file=sys.stderr)
-                continue
-            print(flush=True)
-            dialog = [*asked, {"role": "assistant", "content": llama.text_of(tokens[0])}]
-    print(file=sys.stderr if not terminal else sys.stdout)
+                conversation.reset()
+            elif said:
+                _answer(conversation, said)
+        return 0
+    print(file=sys.stdout if terminal else sys.stderr)
     return 0
+
+
+def _answer(conversation: Any, said: str) -> None:
+    """Print the answer to a message as it comes; a refusal leaves the conversation as it was."""
+    try:
+        conversation.ask(said, lambda text: write(text, end=""))
+    except ValueError as error:
+        say(f"hf-llama-sampling chat: {error}")
+    else:
+        write("")
 
 
 def batch(arguments: argparse.Namespace) -> int:
     """Answer the records of a JSONL file."""
-    from .batch.runner import run_command
+    with exit_on_interrupt():
+        from .batch.runner import run_command
 
     return run_command(arguments, _load)
 
 
 def parity(arguments: argparse.Namespace) -> int:
     """Compare the package with the plain reference loop on this machine's device."""
-    import torch
-    import transformers
+    check_stdout("parity")
+    with exit_on_interrupt():
+        import torch
+        import transformers
 
-    from .generation.mixin import with_llama_generation
-    from .llama.llama import load_model
-    from .parity import checks
+        from .generation.mixin import with_llama_generation
+        from .llama.loading import load_model
+        from .llama.placement import choose_placement
+        from .parity import checks
 
-    transformers.utils.logging.disable_progress_bar()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    placement = choose_placement("float32", device)
     torch.set_float32_matmul_precision("highest")
-    model: Any = with_llama_generation(load_model(arguments.model, torch.float32, {"device_map": device}))
-    size = {"rows": 200, "batches": 2} if arguments.quick else {}
-    results = list(checks(model, **size))
-    where = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+    with quiet_loading():
+        model: Any = with_llama_generation(load_model(arguments.model, placement))
+    results = list(checks(model, **({"rows": 200, "batches": 2} if arguments.quick else {})))
     for check in results:
-        bound = f", logprobs within {check.difference:.1e}" if "generation" in check.name else ""
-        verdict = "ok" if check.passed else "DIFFERENT"
-        print(f"parity: {check.name}: {check.equal} of {check.total} rows equal{bound}: {verdict}")
+        write(f"parity: {check}")
     passed = all(check.passed for check in results)
-    print(f"parity: {'all equal' if passed else 'NOT EQUAL'} ({where})")
+    where = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+    write(f"parity: {'all equal' if passed else 'NOT EQUAL'} ({where})")
     return 0 if passed else 1
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from .llama.llama import Llama  # torch and transformers take seconds to import; --help should not
+    """The `Llama` that the options of a command describe."""
+    with exit_on_interrupt():
+        from .llama.llama import Llama
 
-    _quiet()
-    with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else _Nowhere()):
+    with quiet_loading():
         return Llama.build(
             arguments.model,
             arguments.tokenizer or arguments.model,
@@ -176,53 +197,28 @@ def _load(arguments: argparse.Namespace) -> Any:
         )
 
 
-def _quiet() -> None:
-    """transformers' own bars and notices stay out of a pipe."""
-    if not sys.stderr.isatty():
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-
-
-class _Nowhere:
-    """A text file that keeps nothing."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse values that no model can make right, before anything is loaded; adds `settings`, of the draw."""
+    for name, least in _LEAST.items():
+        value = getattr(arguments, name, None)
+        if value is not None:
+            check_int(name, value, least=least)
+    if hasattr(arguments, "temperature"):
+        arguments.settings = SamplingSettings(arguments.temperature, arguments.top_p)
+        if arguments.command == "batch":
+            seeds_as_given(arguments.seed)
+        else:
+            check_int("seed", arguments.seed, least=-(2**63), most=2**64 - 1)
+    for prompt in getattr(arguments, "prompts", []):
+        if not prompt.isascii():
+            _check_unicode(prompt)
 
 
-@contextlib.contextmanager
-def _progress(tokens: int) -> Iterator[Any]:
-    """A bar of decoding steps on a terminal's standard error, if it takes longer than two seconds."""
-    from tqdm import tqdm
-
-    class Steps:
-        def __init__(self, bar: Any) -> None:
-            self.bar = bar
-            self.started = False
-
-        def put(self, value: object) -> None:
-            self.bar.update(self.started)  # the first call is the prompt
-            self.started = True
-
-        def end(self) -> None:
-            self.bar.close()
-
-    with tqdm(total=tokens, unit="step", disable=None, delay=2.0, leave=False) as bar:
-        yield Steps(bar)
-
-
-def _beside(tokens: Sequence[str], logprobs: Sequence[float]) -> str:
-    """Each token with its logprob after it, as many to a line as fit."""
-    pairs = (f"{token!r}\u00a0{value:.4f}" for token, value in zip(tokens, logprobs, strict=True))
-    # No-break spaces hold a pair together; a token's own blanks are kept by the same trick.
-    joined = "  ".join(pair.replace(" ", "\u00a0") for pair in pairs)
-    lines = textwrap.wrap(joined, width=100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(lines).replace("\u00a0", " ")
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a prompt must be valid Unicode, and {text!r} is not: put it into a file in UTF-8") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,6 +232,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = _command(commands, "complete", complete, "complete prompts, each after a BOS, and print the completions")
     sub.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="texts to complete; one per line of standard input if none"
+    )
+    sub.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help='a file in UTF-8 that is one prompt, without the line end at its end; "-" for standard input; may repeat',
     )
     _model_options(sub)
     _sampling_options(sub)
@@ -307,7 +310,9 @@ def _model_options(sub: argparse.ArgumentParser, *, compat: bool = True) -> None
     )
     group.add_argument("--max-seq-len", type=int, metavar="N", help="most tokens per row, prompt included")
     group.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on GPUs, else float32"
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="auto is the checkpoint's own (default: float16 on GPUs, else float32)",
     )
     group.add_argument(
         "--device-map", metavar="WHERE", help='"auto", "cpu", "cuda:0", ... (default: the first GPU, else CPU)'

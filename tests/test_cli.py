@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from hf_llama_sampling import Llama, __version__
 from hf_llama_sampling.cli import BUNDLED, main
-from hf_llama_sampling.llama.llama import load_model
+from hf_llama_sampling.llama.loading import load_model
+from hf_llama_sampling.llama.placement import choose_placement
 from tests.llama.test_checkpoint import llama, write
 
 
@@ -87,7 +87,7 @@ def test_parity_takes_every_form_of_checkpoint(capsys, weights_file):
     """A GGUF file as `complete` takes it; a folder that holds none of the forms is refused with the way out."""
     assert main(["parity", "--quick", "--model", str(weights_file.parent.parent)]) == 2
     assert "a checkpoint folder holds" in capsys.readouterr().err
-    assert load_model(weights_file, torch.float32, {"device_map": "cpu"}).config.vocab_size == 49152
+    assert load_model(weights_file, choose_placement("float32", "cpu")).config.vocab_size == 49152
 
 
 def test_parity_on_metas_folder(capsys, tmp_path):

@@ -1,12 +1,13 @@
 """LLAMA2's chat format: a dialog of messages becomes the token ids of one prompt.
 
-It checks the dialog and encodes it. It does not generate, decode, batch or cut, and it never changes the dialog.
-
-The rules are those of the reference: facebookresearch/llama, llama/generation.py, ``chat_completion``.
+The rules are those of the reference: facebookresearch/llama, llama/generation.py, ``chat_completion``. What this module
+does not do: it generates nothing, decodes nothing, and never changes the dialog.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypedDict
+
+from ..checks import ReferenceAssertion
 
 if TYPE_CHECKING:
     from .tokenizer import TokenizerLike
@@ -31,13 +32,20 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 _ROLES = ("user", "system", "assistant")
 
 
+class Turn(NamedTuple):
+    """A user message, with its answer if it is finished, as it is encoded after a BOS."""
+
+    text: str
+    finished: bool  # ends with EOS
+
+
 def is_unsafe(dialog: Sequence[Message], *, row: int | None = None) -> bool:
     """Whether any message, of whatever role, contains one of the four ``SPECIAL_TAGS``.
 
     Raises:
         ValueError: the dialog breaks a rule of the format, as in `dialog_tokens`.
     """
-    _check_dialog(dialog, row=row)
+    check_dialog(dialog, row=row)
     return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
@@ -45,7 +53,8 @@ def dialog_tokens(dialog: Sequence[Message], tokenizer: "TokenizerLike", *, row:
     """The prompt of a dialog: an optional system message, then user and assistant in turn, the last from the user.
 
     Every finished pair of turns stands between BOS and EOS; the last user message follows a BOS and is left open for
-    the model's answer. Tags in a message are encoded like other text: `is_unsafe` tells whether there are any.
+    the model's answer. A tokenizer without a BOS leaves it out. Tags in a message are encoded like other text:
+    `is_unsafe` tells whether there are any.
 
     Args:
         dialog: messages, each with a ``"role"`` and a ``"content"``.
@@ -58,12 +67,24 @@ def dialog_tokens(dialog: Sequence[Message], tokenizer: "TokenizerLike", *, row:
     Raises:
         ValueError: the dialog is empty, a message is malformed, or the roles are out of turn.
     """
-    _check_dialog(dialog, row=row)
-    texts = [text.strip() for text in _fold_system(dialog)]
+    check_dialog(dialog, row=row)
     ids = []
+    for turn in dialog_turns(dialog):
+        ids += tokenizer.encode(turn.text, bos=tokenizer.bos_id >= 0, eos=turn.finished)
+    return ids
+
+
+def dialog_turns(dialog: Sequence[Message]) -> list[Turn]:
+    """The turns of a dialog that `check_dialog` has passed.
+
+    >>> dialog_turns([{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hi "}])
+    [Turn(text='[INST] <<SYS>>\\nBe brief.\\n<</SYS>>\\n\\nhi [/INST]', finished=False)]
+    """
+    texts = [text.strip() for text in _fold_system(dialog)]
+    turns = []
     for user, assistant in zip(texts[:-1:2], texts[1::2], strict=True):
-        ids += tokenizer.encode(f"{B_INST} {user} {E_INST} {assistant} ", bos=True, eos=True)
-    return ids + tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)
+        turns.append(Turn(f"{B_INST} {user} {E_INST} {assistant} ", finished=True))
+    return [*turns, Turn(f"{B_INST} {texts[-1]} {E_INST}", finished=False)]
 
 
 def _fold_system(dialog: Sequence[Message]) -> list[str]:
@@ -75,36 +96,43 @@ def _fold_system(dialog: Sequence[Message]) -> list[str]:
     return [f"{B_SYS}\n{system}\n{E_SYS}\n\n{user}", *rest]
 
 
-def _check_dialog(dialog: Sequence[Message], *, row: int | None) -> None:
+def check_dialog(dialog: Sequence[Message], *, row: int | None = None) -> None:
+    """Refuse a dialog that breaks a rule of the format; the error is an `AssertionError` too, as the reference's."""
     name = "the dialog" if row is None else f"dialog {row}"
-    if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-        raise ValueError(
-            f"a dialog is a list of messages, and {name} is of type {type(dialog).__name__}: "
-            'give [{"role": "user", "content": "..."}]'
-        )
-    if not dialog:
-        raise ValueError(f"a dialog ends with a user message, and {name} is empty: add one")
+    check_messages(dialog, name)
     for i, message in enumerate(dialog):
         _check_message(message, f"message {i} of {name}")
     _check_turns([message["role"] for message in dialog], name)
 
 
-def _check_message(message: object, name: str) -> None:
-    if not isinstance(message, Mapping):
-        raise ValueError(
-            f"a message is a dictionary with a role and a content, and {name} is of type {type(message).__name__}: "
-            'give {"role": "user", "content": "..."}'
+def check_messages(dialog: Sequence[Message], name: str = "the dialog") -> None:
+    """Refuse a dialog that is no list of messages, or has none."""
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+        _refuse(
+            f"a dialog is a list of messages, and {name} is of type {type(dialog).__name__}: "
+            'give [{"role": "user", "content": "..."}]'
         )
+    if not dialog:
+        _refuse(f"a dialog ends with a user message, and {name} is empty: add one")
+    for i, message in enumerate(dialog):
+        if not isinstance(message, Mapping):
+            _refuse(
+                f"a message is a dictionary with a role and a content, and message {i} of {name} is of type "
+                f'{type(message).__name__}: give {{"role": "user", "content": "..."}}'
+            )
+
+
+def _check_message(message: Message, name: str) -> None:
     for key in ("role", "content"):
         if key not in message:
-            raise ValueError(f"a message has a role and a content, and {name} has no {key!r}: add it")
+            _refuse(f"a message has a role and a content, and {name} has no {key!r}: add it")
     if message["role"] not in _ROLES:
-        raise ValueError(
+        _refuse(
             f"a role is 'user', 'system' or 'assistant', and that of {name} is {message['role']!r}: use one of the "
             "three"
         )
     if not isinstance(message["content"], str):
-        raise ValueError(
+        _refuse(
             f"a content is a string, and that of {name} is of type {type(message['content']).__name__}: give its text"
         )
 
@@ -113,18 +141,22 @@ def _check_turns(roles: list[Role], name: str) -> None:
     first = int(roles[0] == "system")
     for i, role in enumerate(roles[first:], start=first):
         if role == "system":
-            raise ValueError(
+            _refuse(
                 f"a system message comes first and only once, and message {i} of {name} is one: "
                 "move its text into message 0"
             )
         expected = "user" if (i - first) % 2 == 0 else "assistant"
         if role != expected:
-            raise ValueError(
+            _refuse(
                 "after an optional system message, user and assistant take turns, starting with the user, and "
                 f"message {i} of {name} is from {role!r}: put a message from {expected!r} there"
             )
     if roles[-1] != "user":
-        raise ValueError(
+        _refuse(
             f"the last message of a dialog is from the user, and message {len(roles) - 1} of {name}, the last, is from "
             f"{roles[-1]!r}: append a user message"
         )
+
+
+def _refuse(sentence: str) -> NoReturn:
+    raise ReferenceAssertion(sentence)

@@ -1,37 +1,35 @@
-"""Meta's door: `Llama` with `build`, `generate`, `text_completion` and `chat_completion`.
+"""The `llama`-compatible API: `Llama` with `build`, `generate`, `text_completion` and `chat_completion`.
 
 A script written for ``from llama import Llama, Dialog`` changes that one line. What this module does not do: it never
 looks at logits; `generation` does the work, and this turns text into token ids and back.
 """
 
-import copy
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, TypedDict
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checks import check_choice, check_int
+from ..checks import ReferenceAssertion, check_bool, check_choice, check_int
 from ..defaults import TEMPERATURE, TOP_P
-from ..generation.mixin import LlamaForCausalLM, with_llama_generation
 from ..generation.model_info import context_of, eos_ids_of, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
-from .checkpoint import is_meta_folder, load_meta_checkpoint
-from .dialog import UNSAFE_ERROR, Dialog, Message, dialog_tokens, is_unsafe
-from .loading import from_pretrained
-from .tokenizer import TokenizerLike, TransformersTokenizer, is_hub_id, load_tokenizer
+from ..sampling.settings import SamplingSettings
+from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
+from .loading import load_model, load_tokenizer, vocab_sizes
+from .placement import DeviceMap, MaxMemory, choose_placement
+from .reference_model import with_reference_interface
+from .tokenizer import TokenizerLike, TransformersTokenizer
 
 ChatFormat = Literal["auto", "llama2", "template"]
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
-
-_CONTEXT = 4096  # LLAMA2's; Meta's checkpoints do not say
+_FLAG_WAY_OUT = "for the best tokens at each place call model.generate(..., top_logprobs=k)"
 
 
 class _Completion(TypedDict):
@@ -39,7 +37,7 @@ class _Completion(TypedDict):
 
 
 class CompletionPrediction(_Completion, total=False):
-    """What `text_completion` answers for a prompt; `tokens` (one string each) and `logprobs` where asked for."""
+    """The answer of `text_completion` to a prompt; `tokens` (one string each) and `logprobs` where asked for."""
 
     tokens: list[str]
     logprobs: list[float]
@@ -50,7 +48,7 @@ class _Chat(TypedDict):
 
 
 class ChatPrediction(_Chat, total=False):
-    """What `chat_completion` answers for a dialog; `tokens` (one string each) and `logprobs` where asked for."""
+    """The answer of `chat_completion` to a dialog; `tokens` (one string each) and `logprobs` where asked for."""
 
     tokens: list[str]
     logprobs: list[float]
@@ -59,9 +57,11 @@ class ChatPrediction(_Chat, total=False):
 class Llama:
     """A model and a tokenizer behind the interface of facebookresearch/llama, ``llama/generation.py``.
 
-    - Same arguments, same defaults, same results; where the reference asserts, a `ValueError` names the rule.
-    - `model` is the transformers model, with the reference's `model.params` beside it; logits are `model(ids).logits`.
-    - Numbers come from torch's global generator, so that `torch.manual_seed(s)` gives the reference's tokens.
+    - Same arguments, same defaults, same results; where the reference asserts, a `ValueError` that is an
+      `AssertionError` too names the rule.
+    - `model` is a transformers model that shares its weights with the one given, with the reference's
+      `forward(tokens, start_pos)` and `params` (see `reference_model`).
+    - Random numbers come from torch's global generator, so that `torch.manual_seed(s)` gives the reference's tokens.
     - The reference's own schedule is the default; `schedule="auto"` answers ragged batches faster, with the same tokens
       up to the rounding of the logits.
 
@@ -74,7 +74,12 @@ class Llama:
         schedule: see `LlamaGenerationMixin.generate`.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model, or a value is out of range.
+        ValueError: the tokenizer's vocabulary is larger than the model's, or a value is out of range.
+        TypeError: `model` is no model.
+
+    >>> llama = Llama(LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    >>> llama.max_seq_len
+    512
     """
 
     def __init__(
@@ -87,23 +92,18 @@ class Llama:
         compat: Compat = "meta",
         schedule: Schedule = "reference",
     ) -> None:
-        check_choice("compat", compat, ("fixed", "meta"))
-        check_choice("schedule", schedule, ("auto", "reference", "padded"))
-        self.model: Any = copy.copy(with_llama_generation(model))  # a handle of its own, for `params`
+        _check_model(model)
+        _check_limits(max_seq_len, max_batch_size, compat, schedule)
         self.tokenizer: TokenizerLike = load_tokenizer(tokenizer)
-        if self.tokenizer.n_words > vocab_size_of(model):
-            raise ValueError(
-                f"the model must embed every token, but the tokenizer has {self.tokenizer.n_words} and the model "
-                f"{vocab_size_of(model)}: take the tokenizer that came with the model"
-            )
+        _check_sizes(self.tokenizer, vocab_size_of(model))
         length = context_of(model) if max_seq_len is None else max_seq_len
         if length is None:
             raise ValueError("max_seq_len must be given: the model's config names no context length")
-        self.max_seq_len = check_int("max_seq_len", length, least=1)
-        self.max_batch_size = None if max_batch_size is None else check_int("max_batch_size", max_batch_size, least=1)
+        self.max_seq_len = int(length)
+        self.max_batch_size = None if max_batch_size is None else int(max_batch_size)
         self.compat: Compat = compat
         self.schedule: Schedule = schedule
-        self.model.params = self._params()
+        self.model: Any = with_reference_interface(model, self._params(model))
 
     @staticmethod
     def build(
@@ -116,7 +116,7 @@ class Llama:
         *,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
-        max_memory: Mapping[int | str, int | str] | None = None,
+        max_memory: MaxMemory | None = None,
         offload_folder: str | Path | None = None,
         compat: Compat = "meta",
         schedule: Schedule = "reference",
@@ -132,7 +132,7 @@ class Llama:
             max_batch_size: most rows per call; None for no limit.
             model_parallel_size: how many GPUs to use. Shards are merged whatever it says; without GPUs it is moot.
             seed: for `torch.manual_seed`, as in the reference.
-            dtype: float16 on GPUs and float32 on CPU if not given.
+            dtype: float16 on GPUs and float32 on CPU if not given; `"auto"` for the checkpoint's own.
             device_map: where accelerate puts the model: `"auto"`, a device, or a mapping of modules with `"cpu"` and
                 `"disk"` for offload. The first GPU if there is one, else the CPU, if not given.
             max_memory: what `"auto"` may use of each device.
@@ -144,35 +144,22 @@ class Llama:
 
         Raises:
             FileNotFoundError: there is no such checkpoint or tokenizer, or a part of it is missing.
-            ValueError: a checkpoint that cannot be read without running code, or parts that contradict one another.
+            ValueError: a checkpoint that cannot be read without running code, parts that contradict one another, or a
+                device that this machine does not have.
+
+        >>> llama = Llama.build(folder, folder, max_seq_len=128, max_batch_size=4)
+        Loaded in 0.21 seconds
+        >>> llama.model.params.n_layers, llama.tokenizer.n_words
+        (4, 1024)
         """
         start = time.time()
-        torch.manual_seed(seed)
-        gpus = torch.cuda.device_count()
-        dtype = _floating(dtype)
-        device_map = {"": "disk"} if device_map == "disk" else device_map
-        if model_parallel_size is not None:
-            check_int("model_parallel_size", model_parallel_size, least=1)
-        if device_map is None and gpus:
-            several = model_parallel_size is not None and model_parallel_size > 1
-            rank = int(os.environ.get("LOCAL_RANK", 0))  # launchers start one process per GPU
-            device_map = "auto" if several else f"cuda:{rank % gpus}"
-            if several and max_memory is None and gpus > (model_parallel_size or 1):
-                used = range(model_parallel_size or 1)
-                max_memory = {index: torch.cuda.mem_get_info(index)[0] for index in used}
-        if dtype is None:
-            dtype = torch.float16 if gpus and device_map not in ("cpu", torch.device("cpu")) else torch.float32
+        _check_limits(max_seq_len, max_batch_size, compat, schedule)
+        torch.manual_seed(check_int("seed", seed, least=-(2**63), most=2**64 - 1))
+        placement = choose_placement(dtype, device_map, max_memory, offload_folder, model_parallel_size)
         tokenizer = load_tokenizer(tokenizer_path)
-        placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-        model = load_model(ckpt_dir, dtype, placement, max_seq_len=max_seq_len, vocab_size=tokenizer.n_words)
-        llama = Llama(
-            model,
-            tokenizer,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            compat=compat,
-            schedule=schedule,
-        )
+        model = load_model(ckpt_dir, placement, max_seq_len=max_seq_len, tokenizer=tokenizer)
+        limits: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        llama = Llama(model, tokenizer, **limits, compat=compat, schedule=schedule)
         print(f"Loaded in {time.time() - start:.2f} seconds")
         return llama
 
@@ -194,36 +181,40 @@ class Llama:
             max_gen_len: most new tokens per row.
             temperature: 0 is greedy.
             top_p: the nucleus.
-            logprobs: whether to return each token's raw logprob.
+            logprobs: whether to return each token's raw logprob, natural logarithm.
             echo: whether the answers start with their prompts.
             streamer: gets the tokens as they come, as transformers' streamers do.
 
         Returns:
-            ids per row, cut before EOS, and logprobs beside them, or None.
+            Ids per row, cut before EOS, and logprobs beside them, or None.
 
         Raises:
             ValueError: the batch is larger than `max_batch_size`, a prompt is empty or longer than `max_seq_len`, or a
                 value is out of range.
+            TypeError: a value of another type, such as `logprobs=5`.
+
+        >>> llama.generate([[1, 367, 573], [1]], max_gen_len=4, temperature=0.0)
+        ([[299, 260, 348, 260], [371, 276, 955, 295]], None)
         """
-        rows = len(prompt_tokens) if hasattr(prompt_tokens, "__len__") else 0  # what is no batch is refused below
-        if self.max_batch_size is not None and rows > self.max_batch_size:
-            raise ValueError(
-                f"a batch must not exceed max_batch_size={self.max_batch_size}, got {rows} prompts: "
-                "split it, or raise max_batch_size"
-            )
+        settings = SamplingSettings(temperature, top_p)
+        flags = {
+            "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
+            "echo": check_bool("echo", echo, "the answers then start with their prompts"),
+        }
+        prompts = _as_rows(prompt_tokens)
+        self._check_batch(prompts)
         output: LlamaGenerateOutput = self.model.generate(
-            prompt_tokens,
+            prompts,
             return_dict_in_generate=True,
             max_gen_len=max_gen_len,
-            temperature=temperature,
-            top_p=top_p,
-            logprobs=logprobs,
-            echo=echo,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             max_seq_len=self.max_seq_len,
             eos_token_id=self._eos_ids(),
-            compat=self.compat,
+            compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
             streamer=streamer,
+            **flags,
         )
         assert output.tokens is not None
         return output.tokens, output.logprobs
@@ -239,30 +230,35 @@ class Llama:
         *,
         streamer: Any = None,
     ) -> list[CompletionPrediction]:
-        """Complete texts, each after a BOS.
+        """Complete texts, each after a BOS if the tokenizer has one.
 
         Args:
+            prompts: texts, in a list or anything else that holds them in order. Control tokens that a text spells out
+                are characters.
             max_gen_len: `max_seq_len - 1` if not given.
             others: see `generate`.
 
         Returns:
-            per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`.
+            Per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`.
+
+        Raises:
+            ValueError, TypeError: as `generate`; or a prompt is no text.
+
+        >>> llama.text_completion(["ROMEO:"], temperature=0.0, max_gen_len=8)
+        [{'generation': '\\nI am a man, and'}]
         """
-        if not isinstance(prompts, Sequence) or isinstance(prompts, str):
-            raise TypeError(f"prompts must be a list of texts, got {type(prompts).__name__}: wrap it as [prompt]")
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
-            prompt_tokens=ids,
+            prompt_tokens=[self._encode(text, row) for row, text in enumerate(_as_texts(prompts))],
             max_gen_len=self._gen_len(max_gen_len),
             temperature=temperature,
             top_p=top_p,
             logprobs=logprobs,
             echo=echo,
-            **({} if streamer is None else {"streamer": streamer}),
+            **_given(streamer=streamer),
         )
         return [
-            {"generation": self.text_of(row), **self._details(row, beside)}  # type: ignore[typeddict-item]
-            for row, beside in _beside(tokens, scores)
+            {"generation": self.text_of(row), **self._details(row, row_scores)}  # type: ignore[typeddict-item]
+            for row, row_scores in _rows_with_scores(tokens, scores)
         ]
 
     def chat_completion(
@@ -272,31 +268,40 @@ class Llama:
         top_p: float = TOP_P,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        chat_format: ChatFormat | None = None,
     ) -> list[ChatPrediction]:
-        """Answer dialogs in LLAMA2's chat format: an optional system message, then user and assistant in turn.
+        """Answer dialogs: an optional system message, then user and assistant in turn, the last from the user.
 
-        A dialog that contains one of the format's tags is unsafe and is answered with a fixed sentence. With
-        `compat="meta"` it is generated all the same, as in the reference, and its tokens are returned with `logprobs`;
-        with `compat="fixed"` it is not generated, and they are empty.
+        LLAMA2's chat format is the default. A dialog that contains one of its tags is unsafe and is answered with a
+        fixed sentence. With `compat="meta"` it is generated all the same, as in the reference, and its tokens are
+        returned with `logprobs`; with `compat="fixed"` it is not generated, and they are empty.
 
         Args:
+            dialogs: lists of messages, in a list or anything else that holds them in order.
             max_gen_len: `max_seq_len - 1` if not given.
+            chat_format: `"llama2"`, the `"template"` that the tokenizer came with, or `"auto"`: the template where
+                there is one. If not given LLAMA2's, with a warning where the tokenizer came with another.
             others: see `generate`.
 
         Returns:
-            per dialog `{"generation": {"role": "assistant", "content": text}}`, with `logprobs` also `"tokens"`, one
+            Per dialog `{"generation": {"role": "assistant", "content": text}}`, with `logprobs` also `"tokens"`, one
             string each, and `"logprobs"`.
 
         Raises:
-            ValueError: a dialog breaks a rule of the format; the dialog and the rule are named.
+            ValueError, TypeError: as `generate`; or a dialog breaks a rule of the format: both are named.
+
+        >>> dialog = [{"role": "user", "content": "Who is there?"}]
+        >>> llama.chat_completion([dialog], temperature=0.0, max_gen_len=6)
+        [{'generation': {'role': 'assistant', 'content': '\\n\\nROMEO:'}}]
         """
-        if not isinstance(dialogs, Sequence) or (dialogs and isinstance(dialogs[0], Mapping)):
-            raise TypeError("dialogs must be a list of dialogs, and this is a single one or none: wrap it as [dialog]")
-        unsafe = [is_unsafe(dialog, row=row) for row, dialog in enumerate(dialogs)]
+        listed = _as_dialogs(dialogs)
+        template = self._uses_template(chat_format)
+        unsafe = [not template and is_unsafe(dialog, row=row) for row, dialog in enumerate(listed)]
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
-        ids = [dialog_tokens(dialogs[row], self.tokenizer, row=row) for row in asked]
+        ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
         answers: dict[int, tuple[list[int], list[float] | None]] = {}
-        if ids or not dialogs:
+        if ids or not listed:
             tokens, scores = self.generate(
                 prompt_tokens=ids,
                 max_gen_len=self._gen_len(max_gen_len),
@@ -304,13 +309,13 @@ class Llama:
                 top_p=top_p,
                 logprobs=logprobs,
             )
-            answers = dict(zip(asked, _beside(tokens, scores), strict=True))
+            answers = dict(zip(asked, _rows_with_scores(tokens, scores), strict=True))
         predictions: list[ChatPrediction] = []
         for row, flagged in enumerate(unsafe):
-            answer, beside = answers.get(row, ([], [] if logprobs else None))
+            answer, row_scores = answers.get(row, ([], [] if logprobs else None))
             content = UNSAFE_ERROR if flagged else self.text_of(answer)
             message: Message = {"role": "assistant", "content": content}
-            predictions.append({"generation": message, **self._details(answer, beside)})  # type: ignore[typeddict-item]
+            predictions.append({"generation": message, **self._details(answer, row_scores)})  # type: ignore[typeddict-item]
         return predictions
 
     @property
@@ -327,19 +332,75 @@ class Llama:
                 where there is one, else LLAMA2's.
 
         Raises:
-            ValueError: a template is asked for and there is none, or the dialog breaks a rule of LLAMA2's format.
+            ValueError: a template is asked for and there is none, the template refuses the dialog, or the dialog breaks
+                a rule of LLAMA2's format.
+
+        >>> llama.encode_dialog([{"role": "user", "content": "Hi"}], "llama2")
+        [1, 953, 957, 988, 969, 970, 978, 983, 953, 957, 989, 988, 969, 970, 978, 983]
         """
-        check_choice("chat_format", chat_format, ("auto", "llama2", "template"))
-        if chat_format == "template" and not self.has_chat_template:
-            raise ValueError('this tokenizer has no chat template: take chat_format="llama2"')
-        if chat_format == "llama2" or not self.has_chat_template:
-            return dialog_tokens(dialog, self.tokenizer)
-        assert isinstance(self.tokenizer, TransformersTokenizer)
-        return self.tokenizer.encode_chat([{**message} for message in dialog])  # type: ignore[dict-item]
+        return self._encode_dialog(dialog, template=self._uses_template(chat_format))
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Decoded tokens. Ids that a model embeds beyond its tokenizer's (padded vocabularies) stand for no text."""
         return self.tokenizer.decode([token for token in tokens if token < self.tokenizer.n_words])
+
+    def _uses_template(self, chat_format: ChatFormat | None) -> bool:
+        """Whether dialogs are written by the tokenizer's own chat template, and not in LLAMA2's format."""
+        if chat_format is None:
+            self._warn_of_template()
+            return False
+        check_choice("chat_format", chat_format, ("auto", "llama2", "template"))
+        if chat_format == "template" and not self.has_chat_template:
+            raise ValueError('this tokenizer has no chat template: take chat_format="llama2"')
+        return chat_format != "llama2" and self.has_chat_template
+
+    def _warn_of_template(self) -> None:
+        """Warn where LLAMA2's format is the default, and the tokenizer came with another."""
+        if not self.has_chat_template:
+            return
+        assert isinstance(self.tokenizer, TransformersTokenizer)
+        if not self.tokenizer.has_llama2_template:
+            warnings.warn(
+                "chat_completion writes LLAMA2's [INST] format, and this tokenizer came with another: give "
+                'chat_format="template" for its own, or chat_format="llama2" to keep LLAMA2\'s without this warning',
+                stacklevel=4,
+            )
+
+    def _encode(self, text: str, row: int) -> list[int]:
+        """The prompt of a text."""
+        bos = self.tokenizer.bos_id >= 0
+        ids = self.tokenizer.encode(text, bos=bos, eos=False)
+        if not ids:
+            raise ValueError(
+                f"a prompt must hold at least one token, but prompt {row} is empty and this tokenizer has no BOS to "
+                "start from: give a text"
+            )
+        return ids
+
+    def _encode_dialog(self, dialog: Dialog, *, template: bool, row: int | None = None) -> list[int]:
+        if not template:
+            return dialog_tokens(dialog, self.tokenizer, row=row)
+        check_messages(dialog, "the dialog" if row is None else f"dialog {row}")
+        assert isinstance(self.tokenizer, TransformersTokenizer)
+        return self.tokenizer.encode_chat(dialog)
+
+    def _check_batch(self, prompts: Any) -> None:
+        """The two conditions on a batch that the reference asserts."""
+        if self.max_batch_size is not None and len(prompts) > self.max_batch_size:
+            raise ReferenceAssertion(
+                f"a batch must not exceed max_batch_size={self.max_batch_size}, got {len(prompts)} prompts: "
+                "split it, or raise max_batch_size"
+            )
+        for row, prompt in enumerate(prompts):
+            if hasattr(prompt, "__len__") and len(prompt) > self.max_seq_len:
+                raise ReferenceAssertion(
+                    f"a prompt must fit max_seq_len of {self.max_seq_len} tokens, but row {row} has {len(prompt)}: "
+                    "shorten or split it, or raise max_seq_len"
+                )
+
+    def _compat(self, *, echo: bool) -> Compat:
+        """The reference cuts an echoed prompt at an EOS; a BOS that is the EOS as well does not count as one."""
+        return "fixed" if echo and self.tokenizer.bos_id in self._eos_ids() else self.compat
 
     def _eos_ids(self) -> list[int]:
         """The tokenizer's EOS; with a transformers tokenizer also those that the checkpoint names."""
@@ -348,15 +409,15 @@ class Llama:
             ids |= set(eos_ids_of(self.model, {}))
         return sorted(ids)
 
-    def _params(self) -> SimpleNamespace:
-        """What scripts read from the reference's `model.params`; None where the model's config has no such thing."""
-        config = self.model.config.get_text_config()
+    def _params(self, model: PreTrainedModel) -> SimpleNamespace:
+        """The fields of the reference's `model.params`; None where the model's config has no such thing."""
+        config = model.config.get_text_config()
         return SimpleNamespace(
             dim=getattr(config, "hidden_size", None),
             n_layers=getattr(config, "num_hidden_layers", None),
             n_heads=getattr(config, "num_attention_heads", None),
             n_kv_heads=getattr(config, "num_key_value_heads", None),
-            vocab_size=vocab_size_of(self.model),
+            vocab_size=vocab_size_of(model),
             norm_eps=getattr(config, "rms_norm_eps", None),
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
@@ -371,101 +432,86 @@ class Llama:
         return {"tokens": [self.text_of([token]) for token in tokens], "logprobs": logprobs}
 
 
-class TextStreamer:
-    """Hand a single row's completion to `write` as text, as its tokens come.
-
-    Bytes that do not make a character yet are held back. Follows transformers' streamers: `put`, then `end`.
-    """
-
-    def __init__(self, text_of: Callable[[Sequence[int]], str], write: Callable[[str], object]) -> None:
-        self.text_of = text_of
-        self.write = write
-        self.ids: list[int] | None = None  # None before the prompt has passed
-        self.written = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt (1, T) first, then new ids (1,)."""
-        if self.ids is None:
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
-        text = self.text_of(self.ids)
-        if not text.endswith("\ufffd"):
-            self.write(text[self.written :])
-            self.written = len(text)
-
-    def end(self) -> None:
-        """Write what was held back."""
-        self.write(self.text_of(self.ids or [])[self.written :])
-        self.ids, self.written = None, 0
-
-
-def _beside(tokens: list[list[int]], scores: list[list[float]] | None) -> list[tuple[list[int], list[float] | None]]:
-    """Each row's tokens and logprobs, if there are any."""
-    return list(zip(tokens, [None] * len(tokens) if scores is None else scores, strict=True))
-
-
-def _floating(dtype: Any) -> torch.dtype | None:
-    """A dtype, or the name of one, that weights can have."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point type such as torch.float16, got {dtype!r}")
-    if found is None and dtype is not None:
-        raise ValueError(f"dtype must be a floating-point type such as 'float16', got {dtype!r}")
-    return found
-
-
-def load_model(
-    ckpt_dir: str | Path,
-    dtype: torch.dtype,
-    placement: dict[str, Any],
-    *,
-    max_seq_len: int | None = None,
-    vocab_size: int | None = None,
-) -> PreTrainedModel:
-    """A checkpoint in any form that `Llama.build` takes; `vocab_size` is the tokenizer's, which Meta's must have."""
-    if not is_meta_folder(ckpt_dir):
-        return _from_pretrained(ckpt_dir, dtype, {k: v for k, v in placement.items() if v is not None})
-    return load_meta_checkpoint(
-        ckpt_dir,
-        max_seq_len=_CONTEXT if max_seq_len is None else check_int("max_seq_len", max_seq_len, least=1),
-        vocab_size=vocab_size,
-        dtype=dtype,
-        model_class=LlamaForCausalLM,
-        **placement,
+def _check_model(model: Any) -> None:
+    if isinstance(model, torch.nn.Module) and hasattr(model, "config"):
+        return
+    found = repr(model) if isinstance(model, str | Path) else type(model).__name__
+    raise TypeError(
+        f"Llama takes a model of transformers, got {found}: load one, or give its folder to Llama.build(ckpt_dir, "
+        "tokenizer_path, max_seq_len, max_batch_size)"
     )
 
 
-def _from_pretrained(name: str | Path, dtype: torch.dtype, placement: dict[str, Any]) -> PreTrainedModel:
-    """A checkpoint in one of transformers' own forms."""
-    path = Path(name)
-    if path.is_file() and path.suffix != ".gguf":
+def _check_limits(max_seq_len: Any, max_batch_size: Any, compat: Any, schedule: Any) -> None:
+    """The arguments of `Llama` that can be checked before a model is loaded."""
+    check_choice("compat", compat, ("fixed", "meta"))
+    check_choice("schedule", schedule, ("auto", "reference", "padded"))
+    if max_seq_len is not None:
+        check_int("max_seq_len", max_seq_len, least=1)
+    if max_batch_size is not None:
+        check_int("max_batch_size", max_batch_size, least=1)
+
+
+def _check_sizes(tokenizer: TokenizerLike, embedded: int) -> None:
+    """Refuse a tokenizer that the model was not made for; tokens that were added to it may be missing in the model."""
+    if hasattr(tokenizer, "n_added") and min(vocab_sizes(tokenizer)) > embedded:
         raise ValueError(
-            f"a checkpoint is a folder, a GGUF file or a Hub id, and {str(path)!r} is a file: give its folder"
+            f"the model must embed every token, but the tokenizer has {tokenizer.n_words} and the model {embedded}: "
+            "take the tokenizer that came with the model"
         )
-    if path.is_file():
-        path, placement = path.parent, placement | {"gguf_file": path.name}
-    elif path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(file.name for file in path.glob("*.gguf"))
-        if len(found) != 1:
-            what = (
-                f"{len(found)} GGUF files ({', '.join(found)}): name one" if found else "none of them: check the path"
-            )
-            raise FileNotFoundError(
-                f"a checkpoint folder holds Meta's params.json and consolidated.*.pth, transformers' config.json, or "
-                f"one GGUF file, and {str(path)!r} holds {what}"
-            )
-        placement = placement | {"gguf_file": found[0]}
-    elif not path.exists() and not is_hub_id(str(name)):
-        raise FileNotFoundError(f"a checkpoint is a folder, a GGUF file or a Hub id, and {str(name)!r} does not exist")
-    source = str(path) if path.exists() else str(name)
-    try:
-        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
-        return model.eval()
-    except OSError as error:
-        if path.exists():
-            raise
-        raise FileNotFoundError(
-            f"a checkpoint is a folder, a GGUF file or a Hub id, and {source!r} is none that can be had here "
-            f"({str(error).splitlines()[0]}): check the name"
-        ) from error
+
+
+def _as_rows(prompts: Any) -> Any:
+    """Prompts that can be counted and read more than once: generators, columns and dict values become lists."""
+    if isinstance(prompts, Sequence | torch.Tensor | Mapping | str) or not isinstance(prompts, Iterable):
+        rows = prompts
+    else:
+        _refuse_unordered(prompts, "prompts")
+        rows = list(prompts)
+    if isinstance(rows, torch.Tensor) or not isinstance(rows, Sequence) or isinstance(rows, str):
+        return rows
+    return [list(row) if isinstance(row, Iterable) and not hasattr(row, "__len__") else row for row in rows]
+
+
+def _as_texts(prompts: Any) -> list[str]:
+    """Prompts as a list of texts."""
+    given = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"prompts must be a list of texts, got {type(given).__name__}: wrap it as [prompt]")
+    _refuse_unordered(given, "prompts")
+    texts = list(given)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompts must be texts, got {type(text).__name__} for row {row}: give its text")
+    return [str(text) for text in texts]
+
+
+def _as_dialogs(dialogs: Any) -> list[Any]:
+    """Dialogs as a list of lists of messages."""
+    if isinstance(dialogs, str | bytes | Mapping) or not isinstance(dialogs, Iterable):
+        raise TypeError("dialogs must be a list of dialogs, and this is a single one or none: wrap it as [dialog]")
+    _refuse_unordered(dialogs, "dialogs")
+    listed = list(dialogs)
+    if listed and isinstance(listed[0], Mapping):
+        raise TypeError("dialogs must be a list of dialogs, and this is a single one or none: wrap it as [dialog]")
+    kept = (Sequence, Mapping, str, bytes)
+    return [list(item) if isinstance(item, Iterable) and not isinstance(item, kept) else item for item in listed]
+
+
+def _refuse_unordered(given: Any, name: str) -> None:
+    if isinstance(given, set | frozenset):
+        raise TypeError(f"{name} must have an order, which the answers follow, and a set has none: give a list")
+    if hasattr(given, "columns"):
+        raise TypeError(f"{name} must be one list, and this is a table: give one of its columns")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _rows_with_scores(
+    tokens: list[list[int]], scores: list[list[float]] | None
+) -> list[tuple[list[int], list[float] | None]]:
+    """Each row's tokens and logprobs, if there are any."""
+    return list(zip(tokens, [None] * len(tokens) if scores is None else scores, strict=True))

@@ -1,13 +1,30 @@
-"""The one way by which transformers' auto classes are asked to load: no code that comes with a checkpoint is ever run.
+"""Loading a model and a tokenizer, in every form that `Llama.build` takes, through one door to transformers.
 
-What this module does not do: it finds no files and knows no format.
+The door, `from_pretrained`, never runs code that comes with a checkpoint, and never asks on standard input whether to.
+What this module does not do: it reads no format itself (`checkpoint` reads Meta's, `tokenizer` SentencePiece's).
 """
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import check_int
+from ..generation.mixin import LlamaForCausalLM
+from .checkpoint import is_meta_folder, load_meta_checkpoint
+from .placement import Placement
+from .tokenizer import Tokenizer, TokenizerLike, TransformersTokenizer
+
+_CONTEXT = 4096  # LLAMA2's; Meta's checkpoints do not say
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+_FORMS = "a checkpoint is a folder, a GGUF file or a Hub id"
 
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """``auto_class.from_pretrained``, which would else ask on standard input whether to run a checkpoint's own code.
+    """``auto_class.from_pretrained`` without a checkpoint's own code.
 
     Raises:
         ValueError: the checkpoint cannot be loaded without code of its own.
@@ -17,9 +34,155 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
+        kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise ValueError(
-            f"code that comes with a checkpoint is never run here, and the {what} of {name!r} needs its own: load it "
+            f"code that comes with a checkpoint is never run here, and the {kind} of {name!r} needs its own: load it "
             f"yourself with {auto_class.__name__}.from_pretrained(..., trust_remote_code=True) if you trust it, and "
             "give the object"
         ) from error
+
+
+# Models
+
+
+def load_model(
+    ckpt_dir: str | Path,
+    placement: Placement,
+    *,
+    max_seq_len: int | None = None,
+    tokenizer: TokenizerLike | None = None,
+) -> PreTrainedModel:
+    """A model, in eval mode, from any form of checkpoint.
+
+    Args:
+        ckpt_dir: Meta's own folder, a transformers folder, a Hub id, a GGUF file or a folder that holds one.
+        placement: dtype and devices.
+        max_seq_len: for Meta's format, which does not say; LLAMA2's 4,096 if None.
+        tokenizer: for Meta's format, whose embedding must be as large.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or a part of it is missing.
+        ValueError: it cannot be read without running code, or its parts contradict one another.
+    """
+    if not is_meta_folder(ckpt_dir):
+        return _load_transformers(ckpt_dir, placement)
+    return load_meta_checkpoint(
+        ckpt_dir,
+        max_seq_len=_CONTEXT if max_seq_len is None else check_int("max_seq_len", max_seq_len, least=1),
+        vocab_size=None if tokenizer is None else vocab_sizes(tokenizer),
+        dtype=placement.dtype if isinstance(placement.dtype, torch.dtype) else None,
+        device_map=placement.device_map,
+        max_memory=placement.max_memory,
+        offload_folder=placement.offload_folder,
+        model_class=LlamaForCausalLM,
+    )
+
+
+def vocab_sizes(tokenizer: TokenizerLike) -> Sequence[int]:
+    """The sizes that a model of this tokenizer may have: with all of the tokens that were added to it, or without."""
+    return range(tokenizer.n_words - getattr(tokenizer, "n_added", 0), tokenizer.n_words + 1)
+
+
+def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedModel:
+    """A checkpoint in one of transformers' own forms."""
+    source, gguf = _find_checkpoint(name)
+    try:
+        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, source, **placement.options(), **gguf)
+        return model.eval()
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        raise FileNotFoundError(
+            f"{_FORMS}, and {source!r} is none that can be had here ({str(error).splitlines()[0]}): check the name"
+        ) from error
+
+
+def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
+    """A folder or Hub id, and the GGUF file in it, if it is one."""
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{_FORMS}, and {str(path)!r} is a file: give its folder")
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {} if (path / "config.json").is_file() else {"gguf_file": _only_gguf(path)}
+    if not is_hub_id(str(name)):
+        raise FileNotFoundError(f"{_FORMS}, and {str(name)!r} does not exist: check the path")
+    return str(name), {}
+
+
+def _only_gguf(folder: Path) -> str:
+    """The name of the one GGUF file in a folder."""
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(found) != 1:
+        holds = f"{len(found)} GGUF files ({', '.join(found)}): name one" if found else "none of them: check the path"
+        raise FileNotFoundError(
+            f"a checkpoint folder holds Meta's params.json and consolidated.*.pth, transformers' config.json, or one "
+            f"GGUF file, and {str(folder)!r} holds {holds}"
+        )
+    return found[0]
+
+
+# Tokenizers
+
+
+def load_tokenizer(source: str | Path | TokenizerLike | PreTrainedTokenizerBase) -> TokenizerLike:
+    """The tokenizer that a path, a Hub id or an object stands for.
+
+    Args:
+        source: a SentencePiece file, of any name; a GGUF file; a folder with a transformers tokenizer, or else with
+            ``tokenizer.model``; a Hub id; a transformers tokenizer; an object with Meta's five members, returned as is.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository, or no tokenizer in it.
+        TypeError: an object of another kind.
+        ValueError: the file is not a tokenizer.
+    """
+    if isinstance(source, TokenizerLike):
+        return source
+    if isinstance(source, PreTrainedTokenizerBase):
+        return TransformersTokenizer(source)
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            "a tokenizer is a path, a Hub id, a transformers tokenizer or an object with n_words, bos_id, eos_id, "
+            f"pad_id, encode and decode, and this is of type {type(source).__name__}: give one of these"
+        )
+    path = Path(source)
+    if path.is_dir():
+        return _load_tokenizer_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return _load_transformers_tokenizer(str(path.parent), gguf_file=path.name)
+    if path.name in _TOKENIZER_FILES and path.is_file():
+        return _load_tokenizer_folder(path.parent)
+    if isinstance(source, str) and not path.exists() and is_hub_id(source):
+        return _load_transformers_tokenizer(source)
+    return Tokenizer(path)
+
+
+def _load_tokenizer_folder(folder: Path) -> TokenizerLike:
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return _load_transformers_tokenizer(str(folder))
+    if (folder / "tokenizer.model").is_file():
+        return Tokenizer(folder / "tokenizer.model")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) == 1:
+        return _load_transformers_tokenizer(str(folder), gguf_file=packed[0].name)
+    raise FileNotFoundError(
+        f"a tokenizer's folder holds tokenizer.json, tokenizer_config.json, tokenizer.model or one GGUF file, and "
+        f"{str(folder)!r} holds none of them: give the folder or the file that does"
+    )
+
+
+def _load_transformers_tokenizer(name: str, **options: str) -> TransformersTokenizer:
+    try:
+        return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r}: check "
+            "the name, or give the path of a SentencePiece file"
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path can be a repository's: a mistyped path must not be asked of the Hub."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith((".model", ".json", ".gguf"))

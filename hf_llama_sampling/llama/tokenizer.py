@@ -1,25 +1,31 @@
 """Text to token ids and back, behind the five members that Meta's tokenizer has.
 
-`Tokenizer` reads a SentencePiece file, `TransformersTokenizer` wraps a transformers tokenizer, and `load_tokenizer`
-finds out which of the two is meant. Neither pads, cuts, batches or applies a chat template.
+`Tokenizer` reads a SentencePiece file, and `TransformersTokenizer` wraps a transformers tokenizer. With both, text
+never becomes a control token: only `bos=True`, `eos=True` and a chat template write those. What this module does not
+do: it finds no files (`loading` does), pads nothing and cuts nothing.
 """
 
 import operator
-import re
-import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, SupportsIndex, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex, overload, runtime_checkable
 
 from sentencepiece import SentencePieceProcessor
 
-from .loading import from_pretrained
+from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool
+from .control_tokens import ControlTokens, warn_of_template_text
+from .dialog import Message, dialog_turns
+from .templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRANSFORMERS_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+_PROBE: list[Message] = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "v"},
+]
 
 
 @runtime_checkable
@@ -46,9 +52,18 @@ class Tokenizer:
     - ``encode`` never makes a control token out of text: ``"<s>"`` in a string is three characters.
     - ``decode`` is SentencePiece's own: no leading space, byte pieces joined into characters, control tokens left out.
 
+    Args:
+        model_path: a SentencePiece file, of any name.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a SentencePiece model.
+
+    >>> tokenizer = Tokenizer("hf_llama_sampling/tiny_llama/tokenizer.model")
+    >>> tokenizer.encode("The king", bos=True, eos=False)
+    [1, 367, 573]
+    >>> tokenizer.decode([1, 367, 573])
+    'The king'
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -58,25 +73,54 @@ class Tokenizer:
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of ``s``, after BOS if ``bos`` and before EOS if ``eos``.
+    @property
+    def n_added(self) -> int:
+        """How many of the last ids are control tokens: a model may lack them."""
+        added = 0
+        while added < self.n_words and self.sp_model.is_control(self.n_words - 1 - added):
+            added += 1
+        return added
+
+    @overload
+    def encode(self, s: str | bytes, bos: bool, eos: bool) -> list[int]: ...  # type: ignore[overload-overlap]
+    @overload
+    def encode(self, s: Iterable[str] | Iterable[bytes], bos: bool, eos: bool) -> list[list[int]]: ...
+    def encode(self, s: Any, bos: bool, eos: bool) -> Any:
+        """Token ids of a text, after BOS if ``bos`` and before EOS if ``eos``; of several texts, one list each.
 
         Raises:
-            TypeError: ``s`` is not a string.
+            TypeError: ``s`` is no text and no list of texts, or ``bos`` or ``eos`` is no bool.
             ValueError: ``s`` is not valid Unicode, or BOS or EOS is asked for and the model has none.
-        """
-        _check_text(s)
-        return _framed(self.sp_model.encode(s), self, bos=bos, eos=eos)
 
-    def decode(self, ids: SupportsIndex | Iterable[SupportsIndex]) -> str:
-        """The text of token ids, or of a single one.
+        >>> tokenizer.encode(["The king", "Rome"], bos=False, eos=True)
+        [[367, 573, 2], [508, 321, 2]]
+        """
+        if not isinstance(s, str | bytes):
+            return [self.encode(text, bos, eos) for text in _check_texts(s)]
+        return _frame(self.sp_model.encode(_check_text(s)), self, bos=bos, eos=eos)
+
+    @overload
+    def decode(self, ids: "SupportsIndex | Iterable[SupportsIndex] | Iterable[str]") -> str: ...
+    @overload
+    def decode(self, ids: "Iterable[Iterable[SupportsIndex]]") -> list[str]: ...
+    def decode(self, ids: Any) -> Any:
+        """The text of token ids, of a single one, or of pieces; of several lists of ids, one text each.
 
         Raises:
-            TypeError: ``ids`` is neither an id nor a flat list of ids.
+            TypeError: ``ids`` is neither.
             ValueError: an id is outside the vocabulary.
+
+        >>> tokenizer.decode([[367, 573], [508, 321]])
+        ['The king', 'Rome']
         """
-        text: str = self.sp_model.decode(_checked_ids(ids, self.n_words))
-        return text
+        if isinstance(ids, str):
+            return self.sp_model.decode(ids)
+        items = _as_list(ids)
+        if items and all(isinstance(item, str) for item in items):
+            return self.sp_model.decode_pieces(items)
+        if _is_nested(items):
+            return [self.decode(row) for row in items]
+        return self.sp_model.decode(_check_ids(items, self.n_words))
 
 
 class TransformersTokenizer:
@@ -84,7 +128,8 @@ class TransformersTokenizer:
 
     - ``n_words`` is ``len(tokenizer)``; ``bos_id``, ``eos_id``, ``pad_id`` are its ids, or -1 where it has none.
     - ``encode`` asks it for the bare text and then adds exactly the BOS and EOS asked for, whatever it adds by itself.
-      Special tokens spelled out in the text count as such, unless it was made with ``split_special_tokens=True``.
+      Control tokens spelled out in the text are characters, as with `Tokenizer`; text that begins with one looks made
+      by a chat template, and brings a warning.
     - ``decode`` leaves special tokens out and keeps the spaces as they are.
     """
 
@@ -94,103 +139,71 @@ class TransformersTokenizer:
         self.bos_id = _id_or_none(tokenizer.bos_token_id)
         self.eos_id = _id_or_none(tokenizer.eos_token_id)
         self.pad_id = _id_or_none(tokenizer.pad_token_id)
+        self._control = ControlTokens(tokenizer)
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+    @property
+    def n_added(self) -> int:
+        """How many of the last ids were added to the vocabulary: a model may lack them."""
+        added, listed = 0, self.tokenizer.added_tokens_decoder
+        while self.n_words - 1 - added in listed:
+            added += 1
+        return added
+
+    @overload
+    def encode(self, s: str | bytes, bos: bool, eos: bool) -> list[int]: ...  # type: ignore[overload-overlap]
+    @overload
+    def encode(self, s: Iterable[str] | Iterable[bytes], bos: bool, eos: bool) -> list[list[int]]: ...
+    def encode(self, s: Any, bos: bool, eos: bool) -> Any:
         """As `Tokenizer.encode`."""
-        _check_text(s)
-        return _framed(self.tokenizer.encode(s, add_special_tokens=False), self, bos=bos, eos=eos)
+        if not isinstance(s, str | bytes):
+            return [self.encode(text, bos, eos) for text in _check_texts(s)]
+        text = _check_text(s)
+        warn_of_template_text(text, self._control)
+        return _frame(self._control.encode_text(text), self, bos=bos, eos=eos)
 
-    def decode(self, ids: SupportsIndex | Iterable[SupportsIndex]) -> str:
-        """As `Tokenizer.decode`."""
-        checked = _checked_ids(ids, self.n_words)
-        text = self.tokenizer.decode(checked, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+    @overload
+    def decode(self, ids: "SupportsIndex | Iterable[SupportsIndex]") -> str: ...
+    @overload
+    def decode(self, ids: "Iterable[Iterable[SupportsIndex]]") -> list[str]: ...
+    def decode(self, ids: Any) -> Any:
+        """As `Tokenizer.decode`, pieces apart."""
+        items = _as_list(ids)
+        if _is_nested(items):
+            return [self.decode(row) for row in items]
+        checked = _check_ids(items, self.n_words)
+        return self.tokenizer.decode(checked, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer came with a chat format of its own."""
         return self.tokenizer.chat_template is not None
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the tokenizer's own chat format, open for the assistant's answer."""
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return [int(token) for token in ids]
+    @property
+    def has_llama2_template(self) -> bool:
+        """Whether the tokenizer's own chat format is LLAMA2's, up to white space."""
+        try:
+            rendered = render_chat(self.tokenizer, [dict(message) for message in _PROBE])
+        except ValueError:  # LLAMA2's takes every dialog of this kind
+            return False
+        bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        expected = "".join(f"{bos}{turn.text}{eos if turn.finished else ''}" for turn in dialog_turns(_PROBE))
+        return "".join(rendered.split()) == "".join(expected.split())
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation in the tokenizer's own chat format, open for the assistant's answer.
 
-def load_tokenizer(source: "str | Path | TokenizerLike | PreTrainedTokenizerBase") -> TokenizerLike:
-    """The tokenizer that a path, a Hub id or an object stands for.
+        Control tokens spelled out in a message are characters; only the template itself writes control tokens.
 
-    Args:
-        source: a SentencePiece file, of any name; a GGUF file; a folder with a transformers tokenizer, or else with
-            ``tokenizer.model``; a Hub id; a transformers tokenizer; an object with Meta's five members, returned as is.
-
-    Raises:
-        FileNotFoundError: there is no such file, folder or repository, or no tokenizer in it.
-        TypeError: an object of another kind.
-        ValueError: the file is not a tokenizer.
-    """
-    if isinstance(source, TokenizerLike):
-        return source
-    if _is_transformers_tokenizer(source):
-        return TransformersTokenizer(source)
-    if not isinstance(source, str | Path):
-        raise TypeError(
-            "a tokenizer is a path, a Hub id, a transformers tokenizer or an object with n_words, bos_id, eos_id, "
-            f"pad_id, encode and decode, and this is of type {type(source).__name__}: give one of these"
-        )
-    path = Path(source)
-    if path.is_dir():
-        return _load_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_pretrained(str(path.parent), gguf_file=path.name)
-    if path.name in _TRANSFORMERS_FILES and path.is_file():
-        return _load_folder(path.parent)
-    if isinstance(source, str) and not path.exists() and is_hub_id(source):
-        return _from_pretrained(source)
-    return Tokenizer(path)
-
-
-def _load_folder(folder: Path) -> TokenizerLike:
-    if any((folder / name).is_file() for name in _TRANSFORMERS_FILES):
-        return _from_pretrained(str(folder))
-    if (folder / "tokenizer.model").is_file():
-        return Tokenizer(folder / "tokenizer.model")
-    packed = sorted(folder.glob("*.gguf"))
-    if len(packed) == 1:
-        return _from_pretrained(str(folder), gguf_file=packed[0].name)
-    raise FileNotFoundError(
-        f"a tokenizer's folder holds tokenizer.json, tokenizer_config.json, tokenizer.model or one GGUF file, and "
-        f"{str(folder)!r} holds none of them: give the folder or the file that does"
-    )
-
-
-def _from_pretrained(name: str, **options: str) -> TransformersTokenizer:
-    from transformers import AutoTokenizer  # seconds to import, and a SentencePiece file does without
-
-    try:
-        return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r}: check "
-            "the name, or give the path of a SentencePiece file"
-        ) from error
-
-
-def _is_transformers_tokenizer(source: object) -> "TypeGuard[PreTrainedTokenizerBase]":
-    # Whoever holds such an object has imported transformers; nobody else should wait for the import.
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(source, transformers.PreTrainedTokenizerBase)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path can be a repository's: a mistyped path must not be asked of the Hub."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith((".model", ".json", ".gguf"))
+        Raises:
+            ValueError: the template refuses the messages, or fails.
+        """
+        rendered = render_chat(self.tokenizer, self._control.break_in(messages))
+        return self._control.encode_rendered(rendered)
 
 
 def _read_sentencepiece(path: Path) -> SentencePieceProcessor:
     if not path.exists():
-        raise FileNotFoundError(
+        raise ReferenceFileNotFoundError(
             f"a tokenizer is a SentencePiece file, and there is none at {str(path)!r}: check the path"
         )
     try:
@@ -207,9 +220,32 @@ def _id_or_none(token_id: int | None) -> int:
     return -1 if token_id is None else token_id
 
 
-def _check_text(s: object) -> None:
-    if not isinstance(s, str):
-        raise TypeError(f"encode takes a string, and this is of type {type(s).__name__}: encode one text at a time")
+def _check_texts(texts: Any) -> list[Any]:
+    """Several texts as a list."""
+    texts = texts.tolist() if hasattr(texts, "tolist") else texts
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable) or isinstance(texts, str | bytes):
+        raise ReferenceTypeError(
+            f"encode takes a text or a list of texts, and this is of type {type(texts).__name__}: give its text"
+        )
+    listed = list(texts)
+    for place, text in enumerate(listed):
+        if not isinstance(text, str | bytes):
+            raise ReferenceTypeError(
+                f"encode takes a text or a list of texts, and the item at place {place} is of type "
+                f"{type(text).__name__}: give its text"
+            )
+    return listed
+
+
+def _check_text(s: str | bytes) -> str:
+    """A text that has an encoding."""
+    if isinstance(s, bytes):
+        try:
+            return s.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"encode takes valid UTF-8, and the byte at place {error.start} is not: decode the text yourself"
+            ) from error
     try:
         s.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, as in command line arguments that were not UTF-8
@@ -217,20 +253,44 @@ def _check_text(s: object) -> None:
             f"encode takes valid Unicode, and the character at place {error.start} is the lone surrogate "
             f"{s[error.start]!r}: remove or replace it"
         ) from error
+    return str(s)
 
 
-def _framed(ids: list[int], tokenizer: TokenizerLike, *, bos: bool, eos: bool) -> list[int]:
+def _frame(ids: list[int], tokenizer: TokenizerLike, *, bos: bool, eos: bool) -> list[int]:
+    """The ids after BOS and before EOS, where asked for."""
     for asked, token_id, name in ((bos, tokenizer.bos_id, "bos"), (eos, tokenizer.eos_id, "eos")):
-        if asked and token_id < 0:
+        if check_bool(name, asked) and token_id < 0:
             raise ValueError(
                 f"{name}=True asks for a {name.upper()} token, and this tokenizer has none: choose one "
                 f"(tokenizer.{name}_token = ... on a transformers tokenizer) or encode with {name}=False"
             )
-    return [tokenizer.bos_id] * bos + ids + [tokenizer.eos_id] * eos
+    return [tokenizer.bos_id] * bool(bos) + ids + [tokenizer.eos_id] * bool(eos)
 
 
-def _checked_ids(ids: SupportsIndex | Iterable[SupportsIndex], n_words: int) -> list[int]:
-    checked = _as_list(ids)
+def _as_list(ids: Any) -> list[Any]:
+    """One id or several as a list."""
+    if hasattr(ids, "tolist"):  # arrays, tensors, columns of a table
+        ids = ids.tolist()
+    if isinstance(ids, SupportsIndex):
+        return [ids]
+    if isinstance(ids, Mapping | str | bytes) or not isinstance(ids, Iterable):
+        _refuse_ids(ids)
+    return [item.tolist() if hasattr(item, "tolist") else item for item in ids]
+
+
+def _is_nested(items: list[Any]) -> bool:
+    """Whether these are lists of ids, and not ids."""
+    return bool(items) and all(
+        isinstance(item, Iterable) and not isinstance(item, str | bytes | SupportsIndex) for item in items
+    )
+
+
+def _check_ids(items: list[Any], n_words: int) -> list[int]:
+    """Ids of the vocabulary as ints."""
+    try:
+        checked = [operator.index(item) for item in items]
+    except TypeError:
+        _refuse_ids(items)
     for place, token_id in enumerate(checked):
         if not 0 <= token_id < n_words:
             raise ValueError(
@@ -240,13 +300,8 @@ def _checked_ids(ids: SupportsIndex | Iterable[SupportsIndex], n_words: int) -> 
     return checked
 
 
-def _as_list(ids: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
-    with suppress(TypeError):  # asked of the value, not of its type: a tensor of no dimension claims to be iterable
-        return [operator.index(ids)]  # type: ignore[arg-type]
-    try:
-        return [operator.index(i) for i in ids]  # type: ignore[union-attr]
-    except TypeError as error:
-        raise TypeError(
-            f"decode takes a token id or a flat list of token ids, and this is a {type(ids).__name__} of something "
-            "else: decode one sequence at a time"
-        ) from error
+def _refuse_ids(ids: object) -> NoReturn:
+    raise TypeError(
+        f"decode takes a token id, a flat list of token ids or several such lists, and this is a {type(ids).__name__} "
+        "of something else: give token ids"
+    ) from None

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from hf_llama_sampling import Llama, LlamaForCausalLM, with_llama_generation
-from hf_llama_sampling.llama.tokenizer import load_tokenizer
+from hf_llama_sampling.llama.loading import load_tokenizer
 from tests.conftest import TINY
 
 CODE = """

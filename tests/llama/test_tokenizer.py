@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,7 +12,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from hf_llama_sampling.llama.tokenizer import Tokenizer, TokenizerLike, TransformersTokenizer, load_tokenizer
+from hf_llama_sampling.llama.loading import load_tokenizer
+from hf_llama_sampling.llama.tokenizer import Tokenizer, TokenizerLike, TransformersTokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "completion.json").read_text(encoding="utf-8"))
 
@@ -107,18 +109,75 @@ def test_an_id_outside_the_vocabulary_is_refused(ids, place, found, llama):
         llama.decode(ids)
 
 
-@pytest.mark.parametrize("ids", ["text", ["The"], [[1, 2], [3]], None, 1.5, [1.5]])
+@pytest.mark.parametrize("ids", [None, 1.5, [1.5], [[1, 2], 3], [[1, 2], [3.5]], ["The", 3], {5: 6}, b"x"])
 def test_what_is_no_sequence_of_ids_is_refused(ids, llama):
-    """Pieces, batches and floats raise TypeError; SentencePiece itself would take some of them for something else."""
+    """Floats, mixtures, dictionaries and bytes raise TypeError."""
     with pytest.raises(TypeError, match="flat list of token ids"):
         llama.decode(ids)
 
 
-@pytest.mark.parametrize("text", [b"bytes", None, 3, ["a", "b"]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        5565,
+        [],
+        [415, 5565],
+        (415, 5565),
+        [[415, 5565], [5565]],
+        [[415], []],
+        ["▁The", "▁capital"],
+        [["▁The"], ["▁capital"]],
+        "▁The",
+        np.array([415, 5565]),
+        [np.int64(415), np.int32(5565)],
+        np.int64(5565),
+    ],
+)
+def test_decode_takes_what_sentencepiece_takes(ids, llama, sentencepiece):
+    """Ids, pieces, arrays, and lists of these, to the same text or texts."""
+    assert llama.decode(ids) == sentencepiece.decode(ids)
+
+
+def test_decode_takes_any_holder_of_ids(llama):
+    """Tensors of each shape, a list of tensors, a generator, a column of a table."""
+    assert llama.decode(torch.tensor([[415, 5565], [5565, 2]])) == ["The capital", "capital"]
+    assert llama.decode([torch.tensor([415, 5565]), torch.tensor([5565])]) == ["The capital", "capital"]
+    assert llama.decode([torch.tensor(415), torch.tensor(5565)]) == "The capital"
+    assert llama.decode(token for token in (415, 5565)) == "The capital"
+
+
+@pytest.mark.parametrize("text", ["The capital", b"The capital", ["The", " capital"], [b"The"], [], ["<s>"]])
+def test_encode_takes_what_sentencepiece_takes(text, llama, sentencepiece):
+    """Texts as str or bytes in UTF-8, and lists of these, to the same ids; BOS and EOS stand around each."""
+    ids = sentencepiece.encode(text)
+    assert llama.encode(text, bos=False, eos=False) == ids
+    nested = isinstance(text, list)
+    assert llama.encode(text, bos=True, eos=True) == ([[1, *row, 2] for row in ids] if nested else [1, *ids, 2])
+    assert llama.encode(np.array(["The", "a"]), bos=False, eos=False) == sentencepiece.encode(["The", "a"])
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a", None], ["a", ["b"]], {"a": 1}, 1.5])
 def test_what_is_no_text_is_refused(text, llama):
-    """encode takes a string."""
-    with pytest.raises(TypeError, match=f"type {type(text).__name__}"):
-        llama.encode(text, bos=True, eos=False)
+    """The error names the type; it is an `AssertionError` too, as the reference's."""
+    bad = text if not isinstance(text, list) else text[1]
+    for kind in (TypeError, ValueError, AssertionError):
+        with pytest.raises(kind, match=f"type {type(bad).__name__}"):
+            llama.encode(text, bos=True, eos=False)
+
+
+@pytest.mark.parametrize("flag", [1, 0, "no", None])
+def test_bos_and_eos_are_booleans(flag, llama):
+    """A number or a word is refused by the argument's name."""
+    with pytest.raises(TypeError, match="bos must be True or False"):
+        llama.encode("a", bos=flag, eos=False)
+    with pytest.raises(TypeError, match="eos must be True or False"):
+        TransformersTokenizer(byte_level()).encode("a", bos=False, eos=flag)
+
+
+def test_bytes_that_are_not_utf8_are_refused(llama):
+    """The error names the place."""
+    with pytest.raises(ValueError, match="byte at place 1"):
+        llama.encode(b"a\xff", bos=True, eos=False)
 
 
 def test_a_lone_surrogate_is_refused(llama):
@@ -188,10 +247,16 @@ def test_adapter_decodes_as_the_tokenizer_does():
             adapter.decode([token_id])
 
 
-def test_adapter_refuses_what_is_no_text():
-    """As the SentencePiece one; transformers would take a list for a batch."""
-    with pytest.raises(TypeError, match="type list"):
-        TransformersTokenizer(byte_level()).encode(["a", "b"], bos=False, eos=False)
+def test_adapter_takes_lists_as_the_sentencepiece_one():
+    """One list of ids per text, one text per list; a number is no text."""
+    adapter = TransformersTokenizer(byte_level(bos_token="<s>"))
+    ids = adapter.encode(["ab", "c"], bos=True, eos=False)
+    assert ids == [adapter.encode("ab", True, False), adapter.encode("c", True, False)]
+    assert adapter.decode(ids) == ["ab", "c"]
+    with pytest.raises(TypeError, match="type int"):
+        adapter.encode(3, bos=False, eos=False)
+    with pytest.raises(TypeError, match="flat list of token ids"):
+        adapter.decode(["a"])
 
 
 # load_tokenizer

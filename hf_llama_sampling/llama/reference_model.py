@@ -1,0 +1,209 @@
+"""`Llama.model`: a transformers model that also answers what scripts ask of the reference's ``Transformer``.
+
+``model.forward(tokens, start_pos)`` with its cache by position, ``model.params``, and ``layers``, ``tok_embeddings``,
+``norm`` and ``output`` for hooks (facebookresearch/llama, llama/model.py). Everything else is the transformers model's
+own. What this module does not do: it changes nothing on the model that it is given.
+"""
+
+import copy
+import functools
+import operator
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..checks import check_int
+from ..generation.mixin import with_llama_generation
+from ..generation.model_info import device_of, vocab_size_of
+
+_IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
+_FROM_PARAMS = ("n_layers",)
+
+
+class _Cached(NamedTuple):
+    """The texts that earlier calls of `forward(tokens, start_pos)` have read."""
+
+    cache: Any  # the model's own
+    rows: int
+    length: int  # tokens of each row
+
+
+def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) -> Any:
+    """A model of its own that shares its weights with `model` and has the members of the reference's.
+
+    >>> handle = with_reference_interface(model, SimpleNamespace(max_seq_len=64))
+    >>> handle.forward(torch.tensor([[1, 870]]), 0).shape, handle.forward(torch.tensor([[988]]), 2).shape
+    (torch.Size([1, 2, 1024]), torch.Size([1, 1, 1024]))
+    """
+    handle: Any = copy.copy(with_llama_generation(model))
+    handle = _as_reference(handle)
+    handle.params = params
+    handle._cached = None
+    return handle
+
+
+class ReferenceModel:
+    """The reference's interface, put before a model class by `with_reference_interface`."""
+
+    params: SimpleNamespace
+    _cached: _Cached | None
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model's own forward, and with a `start_pos` the reference's: `forward(tokens, start_pos)`.
+
+        It answers tokens (B, T) that stand at `start_pos`, `start_pos + 1`, ... of each row with float32 logits
+        (B, T, V). A `start_pos` of 0 starts new texts, the end of the last call goes on, anything between goes back.
+
+        Raises:
+            ValueError: tokens that the model cannot embed, or a `start_pos` beyond what was read so far.
+        """
+        inner = self.__dict__.get("forward") or super().forward  # type: ignore[misc]
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = _reference_call(args, kwargs)
+            return inner(*args, **kwargs) if call is None else self._forward_at(inner, *call)
+
+        return forward
+
+    @forward.setter
+    def forward(self, value: Callable[..., Any]) -> None:
+        self.__dict__["forward"] = value
+
+    @forward.deleter
+    def forward(self) -> None:
+        del self.__dict__["forward"]
+
+    @torch.no_grad()
+    def _forward_at(self, forward: Callable[..., Any], tokens: Any, start_pos: Any) -> Tensor:
+        start = check_int("start_pos", start_pos, least=0)
+        ids = self._check_tokens(tokens, start)
+        cached, self._cached = self._cached, None  # of a call that fails nothing is kept
+        cache = None if start == 0 else _rewind(cached, len(ids), start, type(self).__name__)
+        output = forward(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+        self._cached = _Cached(getattr(output, "past_key_values", None), len(ids), start + ids.shape[1])
+        return output.logits.float()  # type: ignore[no-any-return]
+
+    def _check_tokens(self, tokens: Any, start: int) -> Tensor:
+        """Token ids (B, T) on the model's device."""
+        ids = torch.as_tensor(tokens)
+        if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"forward(tokens, start_pos) takes token ids of shape (B, T), got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}: a single text is tokens[None]"
+            )
+        size, most = vocab_size_of(self), self.params.max_seq_len
+        beyond = ids[(ids < 0) | (ids >= size)]
+        if len(beyond):
+            raise ValueError(f"token ids must lie in [0, {size}), got {int(beyond[0])}: cut or replace it")
+        if start + ids.shape[1] > most:
+            raise ValueError(
+                f"a text must fit max_seq_len={most}, got {ids.shape[1]} tokens from start_pos={start}: shorten it, or "
+                "raise max_seq_len"
+            )
+        return ids.long().to(device_of(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FROM_PARAMS:
+            return getattr(self.params, name)
+        if name not in (*_IN_DECODER, "output"):
+            return super().__getattr__(name)  # type: ignore[misc]
+        found = None
+        if name == "output":
+            found = self.get_output_embeddings()
+        else:
+            decoder = getattr(self, self.base_model_prefix, None)
+            found = getattr(decoder, _IN_DECODER[name], None)
+        if found is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} as the reference's model has: hook a module of "
+                "model.named_modules()"
+            )
+        return found
+
+    def __reduce__(self) -> Any:
+        # A class that was made while running cannot be pickled by name, so it is made again around a blank of its base.
+        base: Any = type(self).__mro__[2]
+        return _as_reference, (base.__new__(base),), self.__dict__
+
+
+@functools.cache
+def _reference_class(model_class: Any) -> Any:
+    """The class with the interface before it, under the same name: `save_pretrained` writes that into the config."""
+    if issubclass(model_class, ReferenceModel):
+        return model_class
+    return type(model_class.__name__, (ReferenceModel, model_class), {"__module__": __name__})
+
+
+def _as_reference(blank: Any) -> Any:
+    model_class: Any = type(blank)
+    blank.__class__ = _reference_class(model_class)
+    return blank
+
+
+def _reference_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Tokens and position of a call of the reference's forward; None for one of transformers'."""
+    given = dict(kwargs)
+    if len(args) == 2 and _is_position(args[1]) and not kwargs:
+        return args[0], args[1]
+    if not {"start_pos", "tokens"} & set(kwargs):
+        return None
+    if args:
+        given["tokens"] = args[0]
+    elif "input_ids" in given:
+        given["tokens"] = given.pop("input_ids")
+    if len(args) > 1 or set(given) != {"tokens", "start_pos"}:
+        raise TypeError(
+            "the reference's forward takes tokens and start_pos alone: call forward(tokens, start_pos), or "
+            "transformers' forward(input_ids=..., past_key_values=...) without start_pos"
+        )
+    return given["tokens"], given["start_pos"]
+
+
+def _is_position(value: Any) -> bool:
+    """Whether a second positional argument is a position, and not transformers' attention mask."""
+    if value is None or (isinstance(value, Tensor) and value.dim()):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _rewind(cached: _Cached | None, rows: int, start: int, name: str) -> Any:
+    """The cache of the first `rows` texts, cut to `start` tokens each."""
+    length = 0 if cached is None else cached.length
+    if cached is None or start > length:
+        raise ValueError(
+            f"start_pos must not lie beyond the tokens that were read, got {start} after {length}: give the tokens "
+            "from there, or the whole text with start_pos=0"
+        )
+    if rows > cached.rows:
+        raise ValueError(
+            f"a text must be begun with start_pos=0, but {rows} go on at start_pos={start} where {cached.rows} were "
+            "begun: start again with all of them"
+        )
+    cache = cached.cache
+    try:
+        if start < length:
+            if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+                raise ValueError("a recurrent state does not go back")
+            cache.crop(start)
+        if rows < cached.rows:
+            cache.batch_select_indices(torch.arange(rows))
+        held = int(cache.get_seq_length())
+    except Exception as error:  # a cache that cannot go back says so in many ways, or has no such method
+        raise _no_cache_by_position(name, start) from error
+    if held != start:
+        raise _no_cache_by_position(name, start)
+    return cache
+
+
+def _no_cache_by_position(name: str, start: int) -> ValueError:
+    return ValueError(f"the cache of {name} cannot go on at start_pos={start}: give the whole text with start_pos=0")

@@ -14,6 +14,9 @@ import torch
 LOGITS = 32.0
 
 
+STEPS = 125  # `forward_steps` of the bundled model; the other models of tests are smaller, the 135M weights apart
+
+
 def step(size: float) -> float:
     """The distance between neighbouring float32 numbers just below `size`; a float32 has 24 significant bits.
 
@@ -44,3 +47,17 @@ def forward_steps(config: Any) -> int:
 def rounding(model: Any, size: float = LOGITS) -> float:
     """The bound on a logit or a logprob of `model` in float32, where its logits are at most `size`."""
     return forward_steps(model.config) * step(size)
+
+
+def rounding_in_16_bits(model: Any, dtype: torch.dtype, size: float) -> float:
+    """The same where activations have 16 bits, for logits of a usual `size`.
+
+    Sums run in float32; some ten results a layer, and the logits, are rounded to `dtype`: 3 * sqrt(10 * L + 1) of its
+    steps, with the 3 of `forward_steps`.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    return 3 * math.sqrt(10 * layers + 1) * torch.finfo(dtype).eps * 2.0 ** math.ceil(math.log2(size)) / 2
+
+
+# The bound for the bundled model and for smaller ones: 2.4e-4.
+ROUNDING = STEPS * step(LOGITS)

@@ -10,6 +10,7 @@ import transformers
 from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks import loops, memory
 from tests.benchmarks.measure import Effort, Waits, line, peak_bytes
+from tests.bounds import ROUNDING
 from tests.conftest import TINY
 
 SMALL = benchmarks.QUICK._replace(
@@ -128,10 +129,10 @@ def test_what_is_compared_does_the_same_work(models):
     ours = loops.ours_with_logprobs(models, prompts, 4)
     assert made.shape == (2, 4) and scores.shape == (2, 15)
     for row in range(2):
-        assert scores[row, :11].tolist() == pytest.approx(ours.logprobs[row][1:12], abs=1e-4)
+        assert scores[row, :11].tolist() == pytest.approx(ours.logprobs[row][1:12], abs=ROUNDING)
     plain = loops.plain_scores(models.theirs, prompts)
     for row, scored in enumerate(models.ours.score_tokens(prompts).logprobs):
-        assert scored[1:] == pytest.approx(plain[row], abs=1e-5)
+        assert scored[1:] == pytest.approx(plain[row], abs=ROUNDING)
 
 
 def test_extra_memory_of_logprobs():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.bounds import LOGITS, float32_steps, rounding, step
+from tests.bounds import LOGITS, ROUNDING, float32_steps, rounding, step
 
 IDS = [[1, 5, 60, 7, 81, 9, 33, 11], [1, 94, 3, 42, 50, 61, 2, 8]]
 
@@ -52,6 +52,12 @@ def test_the_bound_of_another_order(name, request):
             columns.append(output.logits)
     assert (alone - whole).abs().max() < rounding(model)
     assert (torch.cat(columns, dim=1) - whole).abs().max() < rounding(model)
+
+
+def test_the_common_bound_is_the_bundled_models(tiny_model, golden_model):
+    """And the golden model's is smaller: the golden data's own 1e-4."""
+    assert rounding(tiny_model) == ROUNDING
+    assert math.isclose(rounding(golden_model), 1e-4, rel_tol=0.1)
 
 
 def test_the_real_weights_bound_is_a_thousandth(weights):

@@ -22,6 +22,7 @@ from hf_llama_sampling.batch import runner as batch
 from hf_llama_sampling.batch import store as answers
 from hf_llama_sampling.batch.runner import Answer, Question
 from hf_llama_sampling.llama.dialog import dialog_tokens
+from tests.bounds import ROUNDING
 from tests.conftest import HERE, TINY
 
 # What launched processes get: one thread each, and the packages that this process has.
@@ -162,10 +163,10 @@ def test_logprobs_on_request(llama, tmp_path):
         text = with_all["prompt_tokens"] + answer["tokens"]
         scored = llama.model.score_tokens([text], top_logprobs=2)
         start = len(with_all["prompt_tokens"])
-        assert with_all["prompt_logprobs"] == pytest.approx(scored.logprobs[0][:start], abs=1e-4)
-        assert with_all["logprobs"] == pytest.approx(scored.logprobs[0][start:], abs=1e-4)
+        assert with_all["prompt_logprobs"] == pytest.approx(scored.logprobs[0][:start], abs=ROUNDING)
+        assert with_all["logprobs"] == pytest.approx(scored.logprobs[0][start:], abs=ROUNDING)
         for found, expected in zip(with_all["top_logprobs"], scored.top_logprobs[0][start:], strict=True):
-            assert [tuple(pair) for pair in found] == [pytest.approx(pair, abs=1e-4) for pair in expected]
+            assert [tuple(pair) for pair in found] == [pytest.approx(pair, abs=ROUNDING) for pair in expected]
 
 
 def test_scoring_generates_nothing(llama, tmp_path):
@@ -176,7 +177,7 @@ def test_scoring_generates_nothing(llama, tmp_path):
     for text, answer in zip(texts, answers, strict=True):
         assert answer.keys() == {"id", "prompt_tokens", "prompt_logprobs", "top_logprobs"}
         assert answer["prompt_tokens"] == text and len(answer["top_logprobs"]) == len(text)
-        assert answer["prompt_logprobs"] == pytest.approx(llama.model.score_tokens([text]).logprobs[0], abs=1e-4)
+        assert answer["prompt_logprobs"] == pytest.approx(llama.model.score_tokens([text]).logprobs[0], abs=ROUNDING)
     with pytest.raises(ValueError, match="scoring generates nothing"):
         ask_all(llama, tmp_path, records, name="wrong", score=True, logprobs=True)
 

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_llama_sampling.reference import reference_generate
 from hf_llama_sampling.sampling import fast_path
+from tests.bounds import ROUNDING
 
 BOS, EOS, OFTEN = 1, 2, 989  # 989 is a token that the bundled model likes
 SHORT, LONG = [BOS, 5, 6], [BOS, 7, 8, 9, 10, 11, 12]
@@ -26,8 +27,8 @@ def padded(prompts, side, pad=0):
     }
 
 
-def close(ours, theirs, within=1e-4):
-    """Rows of logprobs that agree; 1e-4 is the golden data's own bound."""
+def close(ours, theirs, within=ROUNDING):
+    """Rows of logprobs that agree, by default within the bundled model's float32 rounding."""
     assert [len(row) for row in ours] == [len(row) for row in theirs]
     assert all(
         abs(a - b) <= within for mine, yours in zip(ours, theirs, strict=True) for a, b in zip(mine, yours, strict=True)

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_llama_sampling import LlamaForCausalLM
+from tests.bounds import ROUNDING
 
 
 class Largest(TorchDispatchMode):
@@ -81,4 +82,4 @@ def test_the_budget_changes_nothing_but_memory(tiny_model):
         chunked = tiny_model.generate(prompts, chunk_bytes=chunk_bytes, **arguments)
         assert chunked.tokens == whole.tokens
         for a, b in zip(chunked.logprobs, whole.logprobs, strict=True):
-            assert a == pytest.approx(b, abs=1e-4)
+            assert a == pytest.approx(b, abs=ROUNDING)

@@ -11,7 +11,7 @@ from tests.generation.helpers import EOS, OFTEN, RAGGED, SHORT, check_against_th
 
 @pytest.mark.parametrize("part", range(10))
 def test_random_ragged_batches_equal_the_reference(tiny_model, part):
-    """200 in all, on Meta's stream: equal tokens in both schedules, logprobs within 1e-4, the generator's state."""
+    """200 in all, on Meta's stream: equal tokens in both schedules, logprobs within rounding, the generator's state."""
     draw = random.Random(part)
     for number in range(20):
         prompts, settings, eos = random_case(draw, 1024)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from hf_llama_sampling import Llama
+from tests.bounds import ROUNDING
 from tests.conftest import HERE, TINY
 from tests.generation import tensor_parallel
 
@@ -41,7 +42,7 @@ def test_every_rank_ends_with_the_same_tokens(ranks, case, tiny_model):
     assert first["tokens"] == resident["tokens"]
     if resident["logprobs"] is not None:
         for one, other, alone in zip(first["logprobs"], second["logprobs"], resident["logprobs"], strict=True):
-            assert one == pytest.approx(other, abs=1e-4) and one == pytest.approx(alone, abs=1e-4)
+            assert one == pytest.approx(other, abs=ROUNDING) and one == pytest.approx(alone, abs=ROUNDING)
 
 
 def test_without_agreement_ranks_part(ranks):

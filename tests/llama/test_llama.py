@@ -10,6 +10,7 @@ import transformers
 from hf_llama_sampling import Dialog, Llama, LlamaForCausalLM, Tokenizer
 from hf_llama_sampling.llama.dialog import UNSAFE_ERROR
 from hf_llama_sampling.reference import reference_generate
+from tests.bounds import ROUNDING
 from tests.conftest import GOLDEN, TINY
 from tests.llama.test_checkpoint import llama as random_llama
 from tests.llama.test_checkpoint import write
@@ -77,7 +78,7 @@ def test_generate_equals_the_reference_with_the_global_generator(llama, tiny_mod
         )
         assert tokens == theirs
         for a, b in zip(logprobs, scores, strict=True):
-            assert a == pytest.approx(b, abs=1e-4)
+            assert a == pytest.approx(b, abs=ROUNDING)
 
 
 def test_echo_and_default_length(llama):
@@ -174,7 +175,7 @@ def test_build_places_by_accelerate(device_map, tiny_model):
     want = Llama(tiny_model, built.tokenizer, max_seq_len=64).generate([[1, 870]], 12, temperature=0.0, logprobs=True)
     got = built.generate([[1, 870]], 12, temperature=0.0, logprobs=True)
     assert got[0] == want[0]
-    assert got[1][0] == pytest.approx(want[1][0], abs=1e-4)
+    assert got[1][0] == pytest.approx(want[1][0], abs=ROUNDING)
 
 
 def test_build_from_metas_folder(tmp_path):
@@ -191,7 +192,7 @@ def test_build_from_metas_folder(tmp_path):
     )
     assert got[0] == want[0]
     for a, b in zip(got[1], want[1], strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+        assert a == pytest.approx(b, abs=ROUNDING)
 
 
 def test_a_tokenizer_of_another_size_than_metas_embedding_is_refused(tmp_path):
@@ -234,7 +235,7 @@ def test_disk_offload_answers_the_same(kind, device_map, tmp_path):
         answers.append(llama.generate([[1, 870, 988], [1, 300]], 12, logprobs=True, echo=True))
     assert answers[0][0] == answers[1][0]
     for a, b in zip(answers[0][1], answers[1][1], strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+        assert a == pytest.approx(b, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("what", ["empty", "missing", "two gguf"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .llama.dialog import Dialog as Dialog
     from .llama.dialog import Message as Message
     from .llama.dialog import Role as Role
+    from .llama.infilling import InfillingPrediction as InfillingPrediction
     from .llama.llama import ChatPrediction as ChatPrediction
     from .llama.llama import CompletionPrediction as CompletionPrediction
     from .llama.llama import Llama as Llama
@@ -29,6 +30,7 @@ _HOMES = {
     "generation.continuations": ["LlamaContinuationOutput"],
     "generation.mixin": ["LlamaForCausalLM", "LlamaGenerationMixin", "with_llama_generation"],
     "generation.outputs": ["LlamaGenerateOutput", "LlamaScoreOutput"],
+    "llama.infilling": ["InfillingPrediction"],
     "llama.llama": ["ChatPrediction", "CompletionPrediction", "Llama"],
     "llama.tokenizer": ["Tokenizer"],
     "sampling.processors": ["LlamaSampler", "LlamaTemperatureLogitsWarper", "LlamaTopPLogitsWarper", "sample_top_p"],

@@ -15,6 +15,7 @@ SURFACE = [
     "ChatPrediction",
     "CompletionPrediction",
     "Dialog",
+    "InfillingPrediction",
     "Llama",
     "LlamaContinuationOutput",
     "LlamaForCausalLM",

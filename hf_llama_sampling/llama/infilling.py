@@ -32,6 +32,11 @@ class InfillingIds(NamedTuple):
     end: int
 
 
+def find_infilling_ids(tokenizer: Any) -> tuple[int | None, ...]:
+    """The ids of the prefix, suffix, middle and end pieces; None for those that the vocabulary lacks."""
+    return tuple(_piece_to_id(tokenizer, piece) for piece in _PIECES.values())
+
+
 def infilling_ids(tokenizer: Any) -> InfillingIds:
     """The marks of a tokenizer of Code Llama's.
 

@@ -22,6 +22,7 @@ from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
 from ..sampling.settings import SamplingSettings
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
+from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .loading import load_model, load_tokenizer, vocab_sizes
 from .placement import DeviceMap, MaxMemory, choose_placement
 from .reference_model import with_reference_interface
@@ -171,6 +172,7 @@ class Llama:
         top_p: float = TOP_P,
         logprobs: bool = False,
         echo: bool = False,
+        stop_token: int | None = None,
         *,
         streamer: Any = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -183,6 +185,7 @@ class Llama:
             top_p: the nucleus.
             logprobs: whether to return each token's raw logprob, natural logarithm.
             echo: whether the answers start with their prompts.
+            stop_token: the id that ends a row instead of EOS, as in Code Llama's package.
             streamer: gets the tokens as they come, as transformers' streamers do.
 
         Returns:
@@ -210,7 +213,7 @@ class Llama:
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_seq_len=self.max_seq_len,
-            eos_token_id=self._eos_ids(),
+            eos_token_id=self._eos_ids() if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
             streamer=streamer,
@@ -316,6 +319,62 @@ class Llama:
             content = UNSAFE_ERROR if flagged else self.text_of(answer)
             message: Message = {"role": "assistant", "content": content}
             predictions.append({"generation": message, **self._details(answer, row_scores)})  # type: ignore[typeddict-item]
+        return predictions
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+    ) -> list[InfillingPrediction]:
+        """Write the text between each prefix and its suffix, with a Code Llama model that was trained to infill.
+
+        The rules are those of facebookresearch/codellama, ``llama/generation.py``, ``text_infilling``.
+
+        Args:
+            prefixes, suffixes: as many of the one as of the other, in order.
+            max_gen_len: `max_seq_len - 1` if not given.
+            suffix_first: whether the prompt names the suffix before the prefix.
+            others: see `generate`.
+
+        Returns:
+            Per pair `{"generation": text, "full_text": prefix + text + suffix}`, with `logprobs` also `"tokens"`, one
+            vocabulary piece each (``▁he``), and `"logprobs"`. A text ends at the tokenizer's end piece.
+
+        Raises:
+            ValueError, TypeError: as `generate`; the tokenizer has no infilling pieces; or the lists differ in length.
+
+        >>> codellama.text_infilling(["def add(a, b):"], [" + b"], max_gen_len=32)  # doctest: +SKIP
+        [{'generation': ' return a', 'full_text': 'def add(a, b): return a + b'}]
+        """
+        before, after = _as_texts(prefixes), _as_texts(suffixes)
+        if len(before) != len(after):
+            raise ReferenceAssertion(
+                f"each prefix needs its suffix, got {len(before)} prefixes and {len(after)} suffixes: give as many"
+            )
+        tokens, scores = self.generate(
+            prompt_tokens=[
+                infilling_tokens(prefix, suffix, self.tokenizer, suffix_first=suffix_first)
+                for prefix, suffix in zip(before, after, strict=True)
+            ],
+            max_gen_len=self._gen_len(max_gen_len),
+            temperature=temperature,
+            top_p=top_p,
+            logprobs=logprobs,
+            echo=False,
+            stop_token=infilling_ids(self.tokenizer).end,
+        )
+        predictions: list[InfillingPrediction] = []
+        for prefix, suffix, (row, row_scores) in zip(before, after, _rows_with_scores(tokens, scores), strict=True):
+            text = continuing_text(row, self.tokenizer)
+            prediction: InfillingPrediction = {"generation": text, "full_text": prefix + text + suffix}
+            if row_scores is not None:
+                prediction |= {"tokens": token_pieces(row, self.tokenizer), "logprobs": row_scores}
+            predictions.append(prediction)
         return predictions
 
     @property

@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool
 from .control_tokens import ControlTokens, warn_of_template_text
 from .dialog import Message, dialog_turns
+from .infilling import continuing_text, continuing_tokens, find_infilling_ids, token_pieces
 from .templates import render_chat
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        # Code Llama's pieces for infilling, or None.
+        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id = find_infilling_ids(self)
 
     @property
     def n_added(self) -> int:
@@ -121,6 +124,18 @@ class Tokenizer:
         if _is_nested(items):
             return [self.decode(row) for row in items]
         return self.sp_model.decode(_check_ids(items, self.n_words))
+
+    def token_piece(self, t: int) -> str:
+        """The piece of an id as the vocabulary spells it (``▁he``); of Code Llama's tokenizer."""
+        return token_pieces([t], self)[0]
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """The ids of a text that continues another, without a space before it; of Code Llama's tokenizer."""
+        return continuing_tokens(s, self)
+
+    def decode_infilling(self, t: list[int]) -> str:
+        """The text of ids that continue another text; of Code Llama's tokenizer."""
+        return continuing_text(t, self)
 
 
 class TransformersTokenizer:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_llama_sampling import Tokenizer
+from hf_llama_sampling import Llama, Tokenizer
 from hf_llama_sampling.llama.infilling import (
     continuing_text,
     continuing_tokens,
@@ -51,3 +53,58 @@ def test_a_tokenizer_without_marks_is_refused():
     """LLAMA2's own has none; the sentence says which tokenizer has."""
     with pytest.raises(ValueError, match=r"infilling needs a tokenizer with Code Llama's marks.*take the tokenizer"):
         infilling_ids(Tokenizer(TINY / "tokenizer.model"))
+
+
+@pytest.fixture
+def codellama(tokenizer):
+    """A random model of the recorded tokenizer's size."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=tokenizer.n_words, max_position_embeddings=256, **size)
+    return Llama(LlamaForCausalLM(config).eval(), tokenizer)
+
+
+@pytest.mark.parametrize("case", RECORDED["cases"])
+def test_predictions_are_the_recorded_ones(codellama, monkeypatch, case):
+    """Prompts, limit and stop token reach `generate`, and its answer becomes the recorded predictions."""
+    seen = {}
+
+    def stand_in(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, stop_token):
+        seen.update(prompt_tokens=prompt_tokens, max_gen_len=max_gen_len, stop_token=stop_token)
+        tokens = [RECORDED["generated"][row % 4] for row in range(len(prompt_tokens))]
+        return tokens, [[-0.5] * len(row) for row in tokens] if logprobs else None
+
+    monkeypatch.setattr(codellama, "generate", stand_in)
+    order, logprobs = case["suffix_first"], case["logprobs"]
+    made = codellama.text_infilling(RECORDED["prefixes"], RECORDED["suffixes"], logprobs=logprobs, suffix_first=order)
+    assert made == case["predictions"]
+    assert seen == {name: case[name] for name in ("prompt_tokens", "max_gen_len", "stop_token")}
+
+
+def test_generation_ends_at_the_stop_token_alone(codellama):
+    """`stop_token` takes EOS' place: an EOS is then a token like others."""
+    prompt, asked = [[1, 300, 301]], {"max_gen_len": 40, "temperature": 0.0}
+    (free,), _ = codellama.generate(prompt, **asked, stop_token=899)
+    first = free[0]
+    assert codellama.generate(prompt, **asked, stop_token=free[5])[0] == [free[: free.index(free[5])]]
+    codellama.tokenizer.eos_id = first
+    assert codellama.generate(prompt, **asked)[0] == [[]]
+    assert codellama.generate(prompt, **asked, stop_token=899)[0] == [free]
+
+
+def test_bad_infilling_calls_are_named(codellama):
+    """Lists of different lengths, single texts, marks that are missing, a stop token beyond the vocabulary."""
+    with pytest.raises(ValueError, match="got 2 prefixes and 1 suffixes: give as many"):
+        codellama.text_infilling(["a", "b"], ["c"])
+    with pytest.raises(TypeError, match="prompts must be a list of texts"):
+        codellama.text_infilling("a", ["c"])
+    with pytest.raises(ValueError, match=r"900|vocabulary|eos_token_id"):
+        codellama.generate([[1]], 4, stop_token=900)
+
+
+def test_tokenizers_of_code_llama_have_its_members(tokenizer):
+    """Ids of the four pieces and the infilling methods; a tokenizer without the pieces has None."""
+    assert (tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id) == (3, 4, 5, 6)
+    assert tokenizer.decode_infilling(tokenizer.encode_infilling(" x")) == " x"
+    assert tokenizer.token_piece(302) == "▁he"
+    assert Tokenizer(TINY / "tokenizer.model").eot_id is None

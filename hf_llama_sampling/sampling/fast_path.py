@@ -43,12 +43,10 @@ def on_cpu(values: Tensor | torch.device) -> bool:
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """`rule.softmax_with_temperature`, which looks for an overflow only where nan shows one. logits: (B, V)."""
-    cold = temperature < rule.COLDEST
-    if bool(cold.any()) if isinstance(cold, Tensor) else cold:
-        return rule.softmax_with_temperature(logits, temperature)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    return rule.softmax_with_temperature(logits, temperature) if bool(probs[:, 0].isnan().any()) else probs
+    """`rule.softmax_with_temperature`, which guards against an overflow only where nan shows one. logits: (B, V)."""
+    probs = torch.softmax(logits.float() / rule.not_too_cold(temperature), dim=-1)
+    overflow = any(map(math.isnan, probs[:, 0].tolist()))
+    return rule.softmax_with_temperature(logits, temperature) if overflow else probs
 
 
 def keep_mask(probs: Tensor, top_p: float | Tensor) -> Tensor:
@@ -96,9 +94,9 @@ def _first_sure(
         tie_decides: ``(nucleus, answer)``: (R,), where the order of equal probabilities decides the answer.
         last: the sort whose answer is final.
     """
-    found, complete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
+    found, incomplete = windowed_nucleus(probs, top_p, width=min(WINDOW, probs.shape[-1]))
     answer = answer_with(found, probs, None)
-    rows = _rows_where(~complete | tie_decides(found, answer))
+    rows = _rows_where(incomplete | tie_decides(found, answer))
     if rows is None:
         return answer
     some, p = _take(probs, rows), _take(top_p, rows)
@@ -113,16 +111,18 @@ def _first_sure(
 
 
 def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tuple[Nucleus, Tensor]:
-    """The rule over the `width` largest probabilities, and (B,) which rows it is proved complete for.
+    """The rule over the `width` largest probabilities, and (B,) for which rows they may not be enough.
 
-    Of a complete row, probabilities and which ranks are dropped equal `rule.nucleus` bit for bit; ids may differ from
+    Of the other rows, probabilities and which ranks are dropped equal `rule.nucleus` bit for bit; ids may differ from
     it among equal probabilities.
     """
     ordered, tokens = torch.topk(probs, width)
     before = ordered.cumsum(-1).sub_(ordered)
-    whole = width == probs.shape[-1]
-    complete = torch.ones_like(before[:, -1], dtype=torch.bool) if whole else before[:, -1:] > top_p + ROUNDING
-    return Nucleus(tokens, ordered, before > top_p), complete.view(-1)
+    if width == probs.shape[-1]:
+        incomplete = torch.zeros(len(probs), dtype=torch.bool)
+    else:
+        incomplete = (before[:, -1:] <= top_p + ROUNDING).squeeze(-1)
+    return Nucleus(tokens, ordered, before > top_p), incomplete
 
 
 def radix_nucleus(probs: Tensor, top_p: float | Tensor) -> Nucleus:
@@ -197,13 +197,13 @@ def exponential_of_words(words: Tensor) -> Tensor:
     which ``exponential_`` calls, may differ in the last bit of the float64. Where four times that would round to
     another float32, about once in 2**26 values, the C library is asked.
     """
-    uniform = (words & ((1 << 53) - 1)).double().mul_(2.0**-53)
-    exact = torch.log1p(-uniform).neg_()
-    values = (exact * (1 + 2.0**-50)).float()
-    unsure = (values != (exact * (1 - 2.0**-50)).float()).numpy()
-    for place in zip(*unsure.nonzero(), strict=True):
-        values[place] = -math.log1p(-float(uniform[place]))
-    return values
+    exact = (words & ((1 << 53) - 1)).double().mul_(-(2.0**-53)).log1p_()
+    values = exact.float()
+    # Rounding to float32 drops 29 bits of the float64. It is unsure where they are within 4 of one half.
+    unsure = (exact.view(torch.long) + (4 - (1 << 28)) & ((1 << 29) - 1)) <= 8
+    for place in zip(*unsure.numpy().nonzero(), strict=True):
+        values[place] = math.log1p(-float(int(words[place]) & ((1 << 53) - 1)) * 2.0**-53)
+    return values.neg_()
 
 
 @functools.cache

@@ -149,10 +149,9 @@ class LlamaSampler(LogitsProcessor):
         sampler = self._sampler_for(len(scores), scores.device)
         draw = sampler(scores.detach().float(), column, with_mass=False)
         if fast_path.on_cpu(scores):
-            bad = draw.softmax_probs.isnan()
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                raise nonfinite(row, column - (self.pads[row] if self.pads else 0))
+            for row, prob in enumerate(draw.softmax_probs.tolist()):
+                if math.isnan(prob):
+                    raise nonfinite(row, column - (self.pads[row] if self.pads else 0))
         return one_hot(draw.tokens, scores)
 
     def _sampler_for(self, rows: int, device: torch.device) -> TokenSampler:

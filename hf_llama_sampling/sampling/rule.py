@@ -19,6 +19,7 @@ from torch import Tensor
 
 # A lower temperature acts as this one: all mass is on the best logit, and float32 still divides by it.
 COLDEST = 1e-30
+_LARGEST = torch.finfo(torch.float32).max / 2
 
 Noise = Callable[[Tensor, Tensor | None], Tensor]
 """``noise(tokens, rows)``: Exp(1) values (R, K) for token ids (R, K), best first, of these rows of the batch or all."""
@@ -49,13 +50,17 @@ class Draw(NamedTuple):
 def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """``logits / temperature`` in float32. logits: (B, V); temperature: a number, or (B, 1), above 0.
 
-    Where the quotient of the best logit overflows, the best logit is subtracted first: that changes no probability.
+    Where the largest quotient of a row would overflow, the row is shifted down first, which changes no probability.
     """
-    logits = logits.float()
-    temperature = temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else max(temperature, COLDEST)
-    best = logits.amax(-1, keepdim=True)
-    overflows = (best / temperature).abs() == torch.inf
-    return (logits - best * overflows) / temperature
+    logits, temperature = logits.float(), not_too_cold(temperature)
+    best, largest = logits.amax(-1, keepdim=True), _LARGEST * temperature
+    excess = best - best.clamp(-largest, largest)  # type: ignore[arg-type]  # 0 where nothing overflows
+    return (logits - excess) / temperature
+
+
+def not_too_cold(temperature: float | Tensor) -> float | Tensor:
+    """The temperature, at least `COLDEST`."""
+    return temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else max(temperature, COLDEST)
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:

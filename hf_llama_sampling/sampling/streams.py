@@ -23,6 +23,8 @@ from .rule import Noise
 LOOK_AHEAD_BYTES = 32 << 20
 LEAST_RANKS = 32
 _BLOCK = 64  # columns whose keys are derived at once
+# Values that `PromptStreams` may compute ahead on a device, 4 bytes each, beside one column's.
+NOISE_AHEAD = 1 << 21
 
 
 class Block:
@@ -155,9 +157,16 @@ class LookAhead:
 
 
 class PromptStreams:
-    """One stream per row, from its seed; `copies` tells apart rows that share one (``num_return_sequences``).
+    """One stream per row, from its seed: Philox4x32 of (position, copy) under the seed keys a Philox2x32 of token ids.
 
-    ``first_positions``: the position in its row of the token that stands in column 0 (negative under left padding).
+    On CPU, noise is computed for the tokens of a nucleus alone. On other devices, where its size is not known, it is
+    computed for all token ids, and for several columns at once: a device runs few large operations faster than many
+    small ones.
+
+    Args:
+        seeds: one per row.
+        copies: tell apart rows that share a seed (``num_return_sequences``).
+        first_positions: the position in its row of the token in column 0 (negative under left padding).
     """
 
     by_rank = False
@@ -166,33 +175,47 @@ class PromptStreams:
         self.seeds = torch.tensor([[seed & WORD, seed >> 32] for seed in seeds], dtype=torch.long)  # (B, 2)
         self.copies = torch.tensor(list(copies), dtype=torch.long)
         self.first_positions = torch.tensor(list(first_positions), dtype=torch.long)
-        self.block_start = -1
-        self.words = torch.empty(0)
+        self.keys, self.keys_start = torch.empty(0), -1  # (B, _BLOCK, 2) of the columns from `keys_start` on
+        self.table, self.table_start = torch.empty(0), -1  # (B, columns, V) of the columns from `table_start` on
 
     def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
-        """This step's noise: nothing is computed before it is asked for, and then only for the tokens asked for."""
+        """This step's noise; on CPU nothing is computed before it is asked for."""
+        keys = self._keys_for(column, device)
+        if not fast_path.on_cpu(device):
+            noise_of_ids = self._table_for(column, keys, shape[1])
+            return lambda tokens, rows: noise_of_ids.gather(1, tokens)
+        key, salt = keys[:, column % _BLOCK, :1], keys[:, column % _BLOCK, 1:]  # (B, 1) each
+        return lambda tokens, rows: (
+            token_noise(tokens, key, salt) if rows is None else token_noise(tokens, key[rows], salt[rows])
+        )
+
+    def _keys_for(self, column: int, device: torch.device) -> Tensor:
+        """(B, _BLOCK, 2): a key and a salt for each row and each column of the block that holds `column`."""
         start = column - column % _BLOCK
-        if start != self.block_start:
-            self.block_start, self.words = start, self._row_words(start).to(device)
-        key, salt = self.words[:, column - start].unbind(-1)  # (B,) each
+        if start != self.keys_start:
+            positions = self.first_positions[:, None] + torch.arange(start, start + _BLOCK)  # (B, _BLOCK)
+            copies, zero = self.copies[:, None].expand_as(positions), torch.zeros_like(positions)
+            words = philox4x32((positions & WORD, copies, zero, zero), (self.seeds[:, :1], self.seeds[:, 1:]))
+            self.keys_start, self.keys = start, torch.stack(words[:2], dim=-1).to(device)
+            self.table_start = -1
+        return self.keys
 
-        def noise(tokens: Tensor, rows: Tensor | None) -> Tensor:
-            some = slice(None) if rows is None else rows
-            return token_noise(tokens, key[some, None], salt[some, None])
-
-        return noise
-
-    def _row_words(self, start: int) -> Tensor:
-        """(B, block, 2): a key and a salt for each row and each of the next columns."""
-        positions = self.first_positions[:, None] + torch.arange(start, start + _BLOCK)  # (B, block)
-        copies = self.copies[:, None].expand_as(positions)
-        zero = torch.zeros_like(positions)
-        words = philox4x32((positions & WORD, copies, zero, zero), (self.seeds[:, :1], self.seeds[:, 1:]))
-        return torch.stack(words[:2], dim=-1)
+    def _table_for(self, column: int, keys: Tensor, vocab_size: int) -> Tensor:
+        """(B, V): the noise of all token ids in a column."""
+        columns = _BLOCK
+        while columns > 1 and len(keys) * columns * vocab_size > NOISE_AHEAD:
+            columns //= 2
+        start = column - column % columns
+        if start != self.table_start or self.table.shape[1:] != (columns, vocab_size):
+            first = start % _BLOCK
+            key, salt = keys[:, first : first + columns, :1], keys[:, first : first + columns, 1:]
+            ids = torch.arange(vocab_size, device=keys.device).expand(len(keys), columns, vocab_size)
+            self.table_start, self.table = start, token_noise(ids, key, salt)
+        return self.table[:, column - start]
 
 
 def token_noise(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
-    """(R, K) float32 Exp(1) values for token ids (R, K) under a row's key and salt (R, 1)."""
+    """Float32 Exp(1) values for token ids (R, K) under each row's key and salt (R, 1), or (R, columns, ...) of all."""
     words = (philox2x32_in_numpy if fast_path.on_cpu(tokens) else philox2x32)(tokens, salt, key)
     # -log1p(-u) keeps the small values, which decide the race, at full resolution; the half step keeps 0 out of u.
     minus_uniform = words.float().mul_(-(2.0**-32)).sub_(2.0**-33)

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .defaults import __version__ as __version__
+from .defaults import no_model_class as _no_model_class
 
 if TYPE_CHECKING:
     from .generation.continuations import LlamaContinuationOutput as LlamaContinuationOutput
@@ -42,6 +43,8 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     """Import a name's module when it is asked for: torch and transformers take seconds, and `--help` needs neither."""
+    if name in ("ModelArgs", "Transformer"):  # an AttributeError's sentence would be lost in `from ... import`
+        raise ImportError(_no_model_class(name))
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

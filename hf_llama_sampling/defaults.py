@@ -1,4 +1,4 @@
-"""Constants that several rooms need: the version, and default values. Imports nothing."""
+"""What several rooms need: the version, default values, and one sentence. Imports nothing."""
 
 __version__ = "0.1.0"
 
@@ -10,3 +10,12 @@ SEED = 1
 BATCH_SIZE = 32  # rows
 BATCH_TOKENS = 16_384  # rows x (longest prompt + most new tokens)
 WINDOW = 1024  # records
+
+
+def no_model_class(name: str) -> str:
+    """The sentence for the two classes of the reference's ``llama.model``."""
+    return (
+        f"hf_llama_sampling has no {name}, since its models are those of transformers: Llama.build(ckpt_dir, "
+        "tokenizer_path, max_seq_len, max_batch_size) reads the same checkpoints, and its model has the fields of "
+        "ModelArgs in .params and Transformer's forward(tokens, start_pos)"
+    )

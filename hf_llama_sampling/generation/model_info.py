@@ -18,7 +18,9 @@ def vocab_size_of(model: Any) -> int:
 
 
 def context_of(model: Any) -> int | None:
-    """The longest text the model was made for, or None where its config does not say."""
+    """The longest text the model takes: the limit that `Llama` sets on its model, else the config's, or None."""
+    if vars(model).get("max_seq_len") is not None:
+        return int(vars(model)["max_seq_len"])
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
 

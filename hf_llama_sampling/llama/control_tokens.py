@@ -35,12 +35,14 @@ class ControlTokens:
         """The control tokens' ids by spelling, and a pattern that finds them; anew when the tokenizer has changed."""
         state = (len(self.tokenizer), str(self.tokenizer.chat_template))
         if self._found is None or self._found[0] != state:
-            ids = {
+            special = set(self.tokenizer.all_special_tokens)  # some are not marked so in `added_tokens_decoder`
+            ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in special} | {
                 token.content: token_id
                 for token_id, token in self.tokenizer.added_tokens_decoder.items()
-                # Tokens of one character or of blanks are how the model writes these characters.
-                if len(token.content.strip()) > 1 and (token.special or token.content in state[1])
+                if token.special or token.content in state[1]
             }
+            # Tokens of one character or of blanks are how the model writes these characters.
+            ids = {token: token_id for token, token_id in ids.items() if len(token.strip()) > 1}
             longest_first = sorted(ids, key=len, reverse=True)
             pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
             self._found = (state, ids, pattern)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checks import check_int
+from ..generation.caches import can_be_shared, can_drop, drop_last, select_rows
 from ..generation.mixin import with_llama_generation
 from ..generation.model_info import device_of, vocab_size_of
 
@@ -42,6 +43,7 @@ def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) ->
     handle: Any = copy.copy(with_llama_generation(model))
     handle = _as_reference(handle)
     handle.params = params
+    handle.max_seq_len = params.max_seq_len  # the one limit of generate, score_tokens and forward
     handle._cached = None
     return handle
 
@@ -190,17 +192,11 @@ def _rewind(cached: _Cached | None, rows: int, start: int, name: str) -> Any:
             "begun: start again with all of them"
         )
     cache = cached.cache
-    try:
-        if start < length:
-            if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
-                raise ValueError("a recurrent state does not go back")
-            cache.crop(start)
-        if rows < cached.rows:
-            cache.batch_select_indices(torch.arange(rows))
-        held = int(cache.get_seq_length())
-    except Exception as error:  # a cache that cannot go back says so in many ways, or has no such method
-        raise _no_cache_by_position(name, start) from error
-    if held != start:
+    if start < length or rows < cached.rows:
+        if not can_be_shared(cache) or (start < length and not can_drop(cache)):
+            raise _no_cache_by_position(name, start)
+        cache = select_rows(drop_last(cache, length - start), torch.arange(rows))
+    if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) != start:
         raise _no_cache_by_position(name, start)
     return cache
 

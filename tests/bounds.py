@@ -59,5 +59,10 @@ def rounding_in_16_bits(model: Any, dtype: torch.dtype, size: float) -> float:
     return 3 * math.sqrt(10 * layers + 1) * torch.finfo(dtype).eps * 2.0 ** math.ceil(math.log2(size)) / 2
 
 
+def relative(roundings: int, condition: float = 1.0) -> float:
+    """So many float32 roundings of half a step each, as a part of the value; `condition` is how much they grow."""
+    return roundings * 2.0**-24 * condition
+
+
 # The bound for the bundled model and for smaller ones: 2.4e-4.
 ROUNDING = STEPS * step(LOGITS)

@@ -11,6 +11,7 @@ from hf_llama_sampling import sample_top_p
 from hf_llama_sampling.reference import reference_sample_top_p
 from hf_llama_sampling.sampling import fast_path, rule
 from hf_llama_sampling.sampling.fast_path import RADIX, WINDOW, radix_nucleus, windowed_nucleus
+from tests.bounds import relative
 
 KINDS = ("peaked", "flat", "tied", "bfloat16", "float16")
 
@@ -205,7 +206,7 @@ def test_kept_probabilities_are_renormalized():
         draw = rule.race(full, full.probs, torch.tensor([noise]), rule.mass_of(full))
         assert draw.tokens.tolist() == [drawn]
         assert draw.nucleus_mass.tolist() == [0.75]
-        assert draw.probs.tolist() == [pytest.approx(prob, rel=1e-6)]
+        assert draw.probs.tolist() == [pytest.approx(prob, rel=relative(4))]
 
 
 def test_where_ties_straddle_the_edge_seeded_draws_keep_the_lower_ids():
@@ -227,7 +228,7 @@ def test_extreme_temperatures_give_distributions(temperature):
     logits = torch.tensor([[3.0, -2.0, 1.0, 2.999], [-300.0, 500.0, 20.0, 0.0], [1e8, 1e8 - 100, -1e8, 0.0]])
     probs = fast_path.softmax_with_temperature(logits, temperature)
     assert torch.isfinite(probs).all()
-    assert torch.allclose(probs.sum(-1), torch.ones(3))
+    assert (probs.sum(-1) - 1).abs().max() <= relative(8)  # four quotients and their sum
     if temperature < 1e-8:
         assert torch.equal(probs, torch.nn.functional.one_hot(logits.argmax(-1), 4).float())
     per_row = fast_path.softmax_with_temperature(logits, torch.full((3, 1), temperature))

@@ -14,6 +14,7 @@ from hf_llama_sampling import LlamaSampler, LlamaTemperatureLogitsWarper, LlamaT
 from hf_llama_sampling.sampling.sampler import TokenSampler, one_hot
 from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.sampling.streams import PromptStreams
+from tests.bounds import float32_steps, relative
 
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 PROMPT = [1, 40, 41]
@@ -107,7 +108,9 @@ def test_warped_scores_give_the_samplers_distribution():
     ordered[ordered.cumsum(-1) - ordered > 0.9] = 0
     expected = torch.zeros_like(probs).scatter(1, ids, ordered / ordered.sum(-1, keepdim=True))
     assert torch.equal(warped > 0, expected > 0)
-    torch.testing.assert_close(warped, expected, rtol=1e-5, atol=0)  # two softmaxes apart: a few float32 ulp
+    # A softmax of values up to M carries their half steps as parts of itself: two of them on each side; and its sum's.
+    bound = float32_steps(logits / 0.6, 4) + relative(math.isqrt(700))
+    torch.testing.assert_close(warped, expected, rtol=bound, atol=0)
 
 
 def nucleus_of(model, temperature, top_p):
@@ -412,7 +415,7 @@ def test_the_ladder_reports_the_probability_drawn_with():
     scores, here = scores_of([0.5, 0.25, 0.125, 0.125]), {"rows": 1, "device": torch.device("cpu")}
     stream = PromptStreams([0], [0], [0])
     draw = TokenSampler(SamplingSettings(1.0, 0.5), stream, **here)(scores, 0)
-    assert float(draw.probs) == pytest.approx({0: 2 / 3, 1: 1 / 3}[int(draw.tokens)], rel=1e-6)
+    assert float(draw.probs) == pytest.approx({0: 2 / 3, 1: 1 / 3}[int(draw.tokens)], rel=relative(4))
     draw = TokenSampler(SamplingSettings(0.0, 0.5), stream, **here)(scores, 0)
     assert draw.tokens.tolist() == [0]
     assert draw.probs.tolist() == [1.0]

@@ -4,8 +4,8 @@
 - ``console``: lines after ``$ `` are run in a shell, what follows them is what they print.
 - ``sh``: commands that install, build or need more machines; checked by `test_pages.py` instead.
 
-A page runs in an empty folder in which ``hf_llama_sampling/`` is the package, as in a checkout. Shown text must be
-equal, decimal fractions within `tolerance`, and ``...`` stands for anything.
+A page runs in an empty folder, as after an installation. Shown text must be equal, decimal fractions within
+`tolerance`, and ``...`` stands for anything.
 """
 
 import contextlib
@@ -109,10 +109,9 @@ def run_command(command: str) -> str:
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """An empty folder with the package in it, and the package's command on the path."""
-    (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout" / "hf_llama_sampling").symlink_to(ROOT / "hf_llama_sampling")
+def empty_folder(tmp_path, monkeypatch):
+    """The working directory is empty, and the package's command is on the path."""
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "hf-llama-sampling"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m hf_llama_sampling "$@"\n')
@@ -121,11 +120,11 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.pathsep.join(path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.chdir(tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run_as_shown(page, checkout):
+def test_blocks_run_as_shown(page, empty_folder):
     """Each block runs after those before it on its page, and prints what is shown."""
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks_of(page):

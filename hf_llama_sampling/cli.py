@@ -35,7 +35,15 @@ _MODEL_FORMS = (
     "Meta's folder (params.json, consolidated.*.pth), a transformers folder, a Hub id or a GGUF file "
     "(default: the bundled tiny model)"
 )
-_LEAST = {"max_gen_len": 0, "max_seq_len": 1, "batch_size": 1, "batch_tokens": 1, "window": 1, "top_logprobs": 0}
+_LEAST = {
+    "max_gen_len": 0,
+    "max_seq_len": 1,
+    "batch_size": 1,
+    "batch_tokens": 1,
+    "window": 1,
+    "top_logprobs": 0,
+    "num_fewshot": 0,
+}
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -179,6 +187,29 @@ def parity(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def lm_eval(arguments: argparse.Namespace) -> int:
+    """Run lm-evaluation-harness with this package's model class, and print its table."""
+    check_stdout("lm-eval")
+    with exit_on_interrupt():
+        from .evaluation.report import evaluate
+
+    llama = _load(arguments)
+    table, results = evaluate(
+        llama,
+        [name for name in arguments.tasks.split(",") if name],
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        seeds=arguments.seed,
+        apply_chat_template=arguments.apply_chat_template,
+    )
+    if arguments.output:
+        Path(arguments.output).write_text(results, encoding="utf-8")
+    write(table)
+    return 0
+
+
 def _load(arguments: argparse.Namespace) -> Any:
     """The `Llama` that the options of a command describe."""
     with exit_on_interrupt():
@@ -209,6 +240,12 @@ def _check(arguments: argparse.Namespace) -> None:
             seeds_as_given(arguments.seed)
         else:
             check_int("seed", arguments.seed, least=-(2**63), most=2**64 - 1)
+    if arguments.command == "lm-eval":
+        seeds_as_given(arguments.seed)
+        if not arguments.tasks.strip(","):
+            raise ValueError("an evaluation needs at least one task: name it with --tasks")
+        if arguments.limit is not None and not arguments.limit > 0:
+            raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     for prompt in getattr(arguments, "prompts", []):
         if not prompt.isascii():
             _check_unicode(prompt)
@@ -287,6 +324,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default=BUNDLED, help=_MODEL_FORMS)
     sub.add_argument("--device", help="cuda, cuda:1, mps, cpu, ... (default: the first GPU, else the CPU)")
     sub.add_argument("--quick", action="store_true", help="fewer rows and batches")
+
+    sub = _command(
+        commands,
+        "lm-eval",
+        lm_eval,
+        "run tasks of lm-evaluation-harness; needs the extra lm-eval",
+        "Headers and contexts are read once for all choices, and sampled tasks repeat exactly. GGUF models too.",
+    )
+    sub.add_argument("--tasks", required=True, metavar="NAME,...", help="the harness' names of tasks and groups")
+    sub.add_argument("--include-path", metavar="FOLDER", help="where task files of your own are")
+    sub.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    sub.add_argument("--limit", type=float, metavar="N", help="documents of each task, or a share of them below 1")
+    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=1, help="of sampled tasks (default: %(default)s)")
+    sub.add_argument("--apply-chat-template", action="store_true", help="write questions in the tokenizer's own format")
+    sub.add_argument("--output", metavar="FILE", help="where to write the results as JSON")
+    _model_options(sub, compat=False)
     return parser
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_llama_sampling import Llama, Tokenizer, with_llama_generation
+from hf_llama_sampling.cli import main
 from tests.conftest import TINY
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: install the extra lm-eval")
@@ -54,7 +55,9 @@ def tasks(tmp_path_factory):
         (folder / f"{name}.yaml").write_text(task)
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    manager.folder = folder
+    return manager
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def evaluated(model, tasks, task, **more):
 def outcome(results, task):
     """Answers per document, and metrics."""
     answers = [sample["resps"] for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"])]
-    metrics = {name: value for name, value in results["results"][task].items() if not name.startswith("alias")}
+    metrics = {name: value for name, value in results["results"][task].items() if "," in name and "stderr" not in name}
     return answers, metrics
 
 
@@ -167,3 +170,38 @@ def test_bad_values_are_refused_by_name(tiny_model, tiny_tokenizer):
         model._complete(["a"], {"max_gen_toks": 512}, [1])
     with pytest.raises(ValueError, match="top_k=5 has no place"):
         model._complete(["a"], {"max_gen_toks": 5, "do_sample": True, "temperature": 1.0, "top_k": 5}, [1])
+
+
+def test_the_command_prints_the_table(tasks, ours, tmp_path, capsys):
+    """The metrics are those of `simple_evaluate`; results are written as JSON on request."""
+    where = ["--include-path", str(tasks.folder), "--output", str(tmp_path / "results.json")]
+    assert main(["lm-eval", "--tasks", "local_choice", "--dtype", "float32", *where]) == 0
+    assert "local_choice" in capsys.readouterr().out
+    written = json.loads((tmp_path / "results.json").read_text())["results"]["local_choice"]
+    metrics = outcome(evaluated(ours, tasks, "local_choice"), "local_choice")[1]
+    assert {name: written[name] for name in metrics} == metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "no_such_task_at_all"], "the harness has no task 'no_such_task_at_all'"),
+        (["--tasks", ","], "needs at least one task"),
+        (["--tasks", "x", "--limit", "0"], "limit must be above 0"),
+        (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot must be at least 0"),
+        (["--tasks", "x", "--seed", "-1"], "seeds must"),
+    ],
+)
+def test_the_command_refuses_by_name(arguments, words, capsys):
+    """Status 2 and one sentence."""
+    assert main(["lm-eval", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.out == ""
+
+
+@pytest.mark.weights
+def test_a_gguf_model_is_evaluated(weights_file, tasks, capsys):
+    """The harness' own class scores no GGUF file."""
+    where = ["--model", str(weights_file), "--include-path", str(tasks.folder), "--limit", "2"]
+    assert main(["lm-eval", "--tasks", "local_choice", *where]) == 0
+    assert "acc_norm" in capsys.readouterr().out

@@ -398,6 +398,17 @@ def _batch_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
     group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
     group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
+    group = sub.add_argument_group("fields")
+    group.add_argument(
+        "--prompt-field", metavar="NAME", help="the field with the prompt (default: prompt, prompt_tokens or messages)"
+    )
+    group.add_argument(
+        "--id-field", metavar="NAME", help="the field with the id (default: id, task_id, custom_id and the like)"
+    )
+    group.add_argument("--keep-fields", action="store_true", help="copy fields that no rule names into the answers")
+    group.add_argument(
+        "--keep-field", action="append", metavar="NAME", help="copy this field into the answers; may be repeated"
+    )
     group = sub.add_argument_group("run")
     group.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="most records in a batch (default: %(default)s)"

@@ -1,74 +1,303 @@
-"""What a JSONL input says: its lines as records, and by what a record is known, whatever line it stands in.
+"""One record becomes a `Request`, or an error `Response`; `InputIndex` knows the records of a file by their content.
 
-What this module does not do: it asks no model, and it writes nothing.
+This module runs no model and writes no file.
 """
 
+import difflib
 import hashlib
 import json
-import math
 import os
 from array import array
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..checks import check_int, check_temperature, check_top_p
+from ..generation.model_info import vocab_size_of
+from ..llama.dialog import UNSAFE_ERROR, is_unsafe
+from ..llama.llama import Llama
+from .jsonl import TOO_DEEP, Field, canonical, canonical_record, find_value, read_object, read_record
+from .settings import FieldNames, RunSettings, check_seed
+
+PROMPTS = ("prompt", "prompt_tokens", "messages")
+LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens", "max_completion_tokens")
+SETTINGS = ("temperature", "top_p", *LIMITS, "seed")
+IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", "uid", "uuid", "_id")
+# What a response holds: a kept field may not have one of these names.
+RESPONSE_FIELDS = {
+    *("id", "generation", "tokens", "finish_reason", "seed", "logprobs", "top_logprobs"),
+    *("prompt_tokens", "prompt_logprobs", "error", "line"),
+}
+# Settings of other samplers, with the values that ask for nothing. Any other value cannot be honoured.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("n", "best_of", "num_beams", "num_return_sequences"), (1,)),
+    **dict.fromkeys(("typical_p", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_p"), (0,)),
+    **dict.fromkeys(("min_tokens", "min_new_tokens", "min_length", "top_logprobs"), (0,)),
+    **dict.fromkeys(("logprobs", "prompt_logprobs", "echo", "stream", "ignore_eos"), (False,)),
+    **dict.fromkeys(("stop", "stop_strings", "stop_token_ids", "bad_words_ids", "tools", "functions"), ([], "")),
+    **dict.fromkeys(("max_length", "max_seq_len", "eos_token_id", "temp", "epsilon_cutoff", "eta_cutoff"), ()),
+    "top_k": (0, -1),
+    "do_sample": (True,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+}
 
 
 class Refused(ValueError):
     """The run is refused, or stopped by `strict`, for a reason that every process of it sees alike."""
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """One line as a record, without the fields that are null.
+@dataclass(frozen=True)
+class Request:
+    """A record that can be answered.
 
-    Raises:
-        ValueError: it is not one JSON object, or not JSON by the book: nan, infinity, a name twice.
+    `index` counts the input's lines from 0; `id` and `kept` (fields to copy) are JSON text; `limit` is the most new
+    tokens that fit.
     """
+
+    index: int
+    id: str
+    prompt: list[int]
+    temperature: float
+    top_p: float
+    limit: int
+    seed: int
+    kept: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """A line of the output: JSON without a newline, the tokens it cost, and for an error record its sentence."""
+
+    index: int
+    json: bytes
+    tokens: int
+    error: str | None = None
+
+
+def respond(request: Request, fields: dict[str, Any], tokens: int) -> Response:
+    """The response to a request: its id, these fields, and what is kept of the record."""
+    return Response(request.index, _encode(request.id, fields, request.kept), tokens)
+
+
+def respond_with_error(index: int, id_json: str, message: str) -> Response:
+    """The response to a record that cannot be answered."""
+    return Response(index, _encode(id_json, {"error": message, "line": index + 1}), 0, message)
+
+
+def _encode(id_json: str, fields: dict[str, Any], kept: tuple[tuple[str, str], ...] = ()) -> bytes:
+    """One line of JSON, readable where UTF-8 can hold it. JSON has no infinity: such logprobs become null."""
     try:
-        record = json.loads(
-            line.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise ValueError("a record must be a flat JSON object, and this is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a record must be UTF-8, and this line is not, at byte {error.start}: convert it") from None
-    except json.JSONDecodeError as error:
-        what = f"{error.msg} at character {error.pos + 1}" if line.strip() else "it is empty"
-        raise ValueError(f"a line must hold one JSON object: {what}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a line must hold one JSON object, and this holds a {type(record).__name__}")
-    return {name: value for name, value in record.items() if value is not None}
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"a JSON object names each field once, and this names {_twice(names)!r} twice: drop one")
-    return record
-
-
-def _twice(names: list[str]) -> str:
-    return next(name for place, name in enumerate(names) if name in names[:place])
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"JSON has no {name}: give a number or null")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"numbers must be finite, got {text}")
-    return number
-
-
-def content(line: bytes) -> bytes:
-    """What a record says, whatever its spacing and the order of its fields; a line that is no record, as it is."""
-    try:
-        return canonical(parse(line)).encode()
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return b"!" + line.strip()
+        text = json.dumps(_finite(fields), ensure_ascii=False)
+    more = "".join(f", {json.dumps(name)}: {value}" for name, value in kept)
+    try:
+        return f'{{"id": {id_json}, {text[1:-1]}{more}}}'.encode()
+    except UnicodeEncodeError:  # a lone surrogate, in a sentence about one or in a tokenizer's text
+        return f'{{"id": {id_json}, {json.dumps(json.loads(text))[1:-1]}{more}}}'.encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+class RecordReader:
+    """Reads records for one model: checks them, and makes token ids of their prompts.
+
+    `unused` collects the names of fields that play no part and are not kept.
+    """
+
+    def __init__(self, llama: Llama, settings: RunSettings) -> None:
+        self.llama = llama
+        self.settings = settings
+        self.vocab_size = vocab_size_of(llama.model)
+        self.names: FieldNames = settings.fields
+        self.prompt_names = PROMPTS if self.names.prompt is None else (self.names.prompt,)
+        self.id_names = IDS if self.names.id is None else (self.names.id,)
+        self.used = frozenset({*self.prompt_names, *SETTINGS} - {self.names.id})
+        self.unused: set[str] = set()
+
+    def request(self, index: int, line: bytes, repeat: int) -> Request | Response:
+        """The request that a line makes, or the error that answers it; `repeat` equal records stand before it."""
+        try:
+            record = self._fields(line)
+            return self._request(index, record, repeat)
+        except (TypeError, ValueError) as error:
+            return respond_with_error(index, find_value(line, self.id_names) or "null", str(error))
+
+    def content(self, line: bytes) -> bytes:
+        """What a record says, whatever its spacing and the order of its fields; a line that is no record, as it is."""
+        try:
+            return canonical_record(self._fields(line), self.used).encode()
+        except ValueError:
+            return b"!" + line.strip()
+
+    def _fields(self, line: bytes) -> dict[str, Field]:
+        """A record's fields. Those in the `body` of a request to an OpenAI-like server count as the record's own."""
+        record = read_record(line, self.used)
+        if "body" in record and "custom_id" in record and not any(name in record for name in self.prompt_names):
+            body = record["body"].json
+            if body.startswith("{"):
+                record = {name: field for name, field in record.items() if name != "body"}
+                record |= read_object(body, self.used)
+        return record
+
+    def _request(self, index: int, record: dict[str, Field], repeat: int) -> Request:
+        self._check_names(record)
+        values = {name: self._value(name, field) for name, field in record.items() if name in self.used}
+        prompt = self._prompt(values)
+        most = self.llama.max_seq_len
+        if len(prompt) > most:
+            raise ValueError(f"a prompt must fit max_seq_len of {most} tokens, got {len(prompt)}: shorten or split it")
+        limit, seed = self._limit(values), values.get("seed")
+        if seed is None:
+            # 53 bits, which every JSON reader keeps.
+            seed = hash64(self.settings.seed, canonical_record(record, self.used), repeat) >> 11
+        return Request(
+            index=index,
+            id=next((record[name].json for name in self.id_names if name in record), "null"),
+            prompt=prompt,
+            temperature=check_temperature(values.get("temperature", self.settings.draw.temperature)),
+            top_p=check_top_p(values.get("top_p", self.settings.draw.top_p)),
+            limit=0 if self.settings.score else min(limit, most - len(prompt)),
+            seed=check_seed(seed),
+            kept=self._kept(record),
+        )
+
+    def _value(self, name: str, field: Field) -> Any:
+        if field.value is TOO_DEEP:
+            raise ValueError(f"{name} must be flat, and this is nested too deeply")
+        return field.value
+
+    # Fields
+
+    def _check_names(self, record: dict[str, Field]) -> None:
+        """Data that no rule names is left out or kept; a setting that cannot be honoured is refused by name."""
+        asked_for = () if isinstance(self.names.keep, bool) else self.names.keep
+        for name, field in record.items():
+            if name in self.used or name in self.id_names or name in asked_for:
+                continue
+            if name in UNSUPPORTED:
+                if field.value in UNSUPPORTED[name]:
+                    continue
+                raise ValueError(
+                    f"a record has no field {name!r} here, which asks for what this run does not do: drop it, or name "
+                    f"it in keep_fields (--keep-field {name}) if it is data"
+                )
+            meant = _misspelled(name)
+            if meant is not None:
+                raise ValueError(
+                    f"a record has no field {name!r}, did you mean {meant!r}? Otherwise drop it, or name it in "
+                    f"keep_fields (--keep-field {name}) if it is data"
+                )
+            if not self.names.keep:
+                self.unused.add(name)
+
+    def _kept(self, record: dict[str, Field]) -> tuple[tuple[str, str], ...]:
+        keep = self.names.keep
+        if isinstance(keep, bool):
+            names = [name for name in record if keep and name not in self.used and name not in self.id_names]
+        else:
+            names = [name for name in record if name in keep]
+        for name in names:
+            if name in RESPONSE_FIELDS:
+                raise ValueError(
+                    f"a kept field must not be named like one of the response, and {name!r} is: rename it, or name in "
+                    "keep_fields (--keep-field) only those to keep"
+                )
+        return tuple((name, record[name].json) for name in names)
+
+    def _limit(self, values: dict[str, Any]) -> int:
+        given = {name: values[name] for name in LIMITS if name in values}
+        numbers = {check_int(name, value, least=0) for name, value in given.items()}
+        if len(numbers) > 1:
+            raise ValueError(f"{' and '.join(given)} mean the same and differ: give one of them")
+        return numbers.pop() if numbers else self.settings.max_gen_len
+
+    # Prompts
+
+    def _prompt(self, values: dict[str, Any]) -> list[int]:
+        given = [name for name in self.prompt_names if name in values]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            *names, last = self.prompt_names
+            wanted = f"one of {', '.join(names)} and {last}" if names else repr(last)
+            raise ValueError(f"a record must hold {wanted}, got {found}")
+        name, value = given[0], values[given[0]]
+        if name == "messages" or (name != "prompt_tokens" and _is_list_of(value, dict)):
+            return self._dialog_tokens(name, value)
+        if name == "prompt_tokens" or _is_list_of(value, int):
+            return self._checked_tokens(name, value)
+        return self._text_tokens(name, value)
+
+    def _text_tokens(self, name: str, text: Any) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a text, got {type(text).__name__}: token ids go into prompt_tokens")
+        if not text:
+            raise ValueError(f"{name} must not be empty: to start from nothing, give the BOS in prompt_tokens")
+        tokenizer = self.llama.tokenizer
+        ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0, eos=False)
+        if not ids:
+            raise ValueError(f"{name} must hold at least one token, and this tokenizer makes none of {text!r}")
+        return ids
+
+    def _checked_tokens(self, name: str, ids: Any) -> list[int]:
+        if not isinstance(ids, list):
+            raise TypeError(f"{name} must be a list of token ids, got {type(ids).__name__}")
+        if not ids:
+            raise ValueError(f"{name} must hold at least one token id: start it with BOS")
+        most = self.vocab_size - 1
+        return [check_int("a token id", token, least=0, most=most, where=f" at {i}") for i, token in enumerate(ids)]
+
+    def _dialog_tokens(self, name: str, dialog: Any) -> list[int]:
+        if not isinstance(dialog, list) or not dialog or not all(isinstance(message, dict) for message in dialog):
+            raise ValueError(f'{name} must be a list such as [{{"role": "user", "content": "..."}}]')
+        dialog = _with_plain_contents(dialog)
+        if not self.llama.has_chat_template and is_unsafe(dialog):
+            raise ValueError(UNSAFE_ERROR)
+        return self.llama.encode_dialog(dialog)
+
+
+def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:
+    """Messages whose contents are lists of text parts, with one text in place of each list; parts become lines."""
+    messages = []
+    for i, message in enumerate(dialog):
+        parts = message.get("content")
+        if isinstance(parts, list):
+            message = {**message, "content": "\n".join(_part_text(part, i) for part in parts)}
+        messages.append(message)
+    return messages
+
+
+def _part_text(part: Any, message: int) -> str:
+    if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text"):
+        part = part.get("text")
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise ValueError(f"a content's parts must be texts, and one of message {message} is {kind!r}: this reads text only")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+def _misspelled(name: str) -> str | None:
+    """The setting that a name most likely means; a mistyped setting must not be taken for data."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    settings = {setting.replace("_", ""): setting for setting in SETTINGS}
+    long = [setting for setting in settings if len(setting) > 6]
+    close = [plain] if plain in settings else difflib.get_close_matches(plain, long, n=1, cutoff=0.88)
+    return settings[close[0]] if close else None
 
 
 def hash64(*parts: object) -> int:
@@ -77,32 +306,37 @@ def hash64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+class InputIndex:
+    """A first pass over the input: how many records there are, and a key for each. Empty lines at the end do not count.
 
+    `keys` (uint64, one per record) depends on a record's content, the run's settings, and how many equal ones come
+    before it (`repeats`, int32). Nothing depends on line numbers.
 
-class Survey:
-    """A first pass over the input: how many records there are, and by what they are known.
-
-    `keys` (uint64, one per record) depends on a record's content, the settings, and how many equal ones come before it
-    (`repeats`, int32). Nothing depends on line numbers.
+    Args:
+        file: the input, seekable.
+        reader: says what a line means.
+        settings: the run's, model included: other settings give other keys.
 
     Raises:
-        Refused: two different records have one key (one chance in a million, for six million records).
+        Refused: the input is not UTF-8 text, or two different records have one key (one chance in a million, for six
+            million records).
     """
 
-    def __init__(self, file: BinaryIO, settings: dict[str, Any]) -> None:
-        salt, whole_input, size = canonical(settings), hashlib.blake2b(digest_size=16), 0
+    def __init__(self, file: BinaryIO, reader: RecordReader, settings: dict[str, Any]) -> None:
+        salt, whole_input, size, blank = canonical(settings), hashlib.blake2b(digest_size=16), 0, 0
         digests = array("Q")
         file.seek(0)
         for line in file:
-            digests.append(hash64(salt, content(line)))
+            if size == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise Refused("the input must be UTF-8, and its first bytes say UTF-16: convert it (iconv -t UTF-8)")
+            blank = blank + 1 if not line.strip() else 0
+            digests.append(hash64(salt, reader.content(line)))
             whole_input.update(line)
             size += len(line)
-        keys: NDArray[np.uint64] = np.array(digests, dtype=np.uint64)
+        keys: NDArray[np.uint64] = np.array(digests[: len(digests) - blank], dtype=np.uint64)
         self.repeats = _repeats(keys)
-        for place in np.flatnonzero(self.repeats):
-            keys[place] = hash64(int(keys[place]), int(self.repeats[place]))
+        for index in np.flatnonzero(self.repeats):
+            keys[index] = hash64(int(keys[index]), int(self.repeats[index]))
         self.keys = keys
         self.order = np.argsort(keys, kind="stable")
         self.sorted = keys[self.order]
@@ -123,10 +357,11 @@ class Survey:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def place(self, key: int) -> int | None:
-        """Where the record with this key stands, or None if there is none."""
-        index = int(np.searchsorted(self.sorted, np.uint64(key)))
-        return int(self.order[index]) if index < len(self.sorted) and int(self.sorted[index]) == key else None
+    def find(self, key: int) -> int | None:
+        """The index of the record with this key, or None if there is none."""
+        position = int(np.searchsorted(self.sorted, np.uint64(key)))
+        found = position < len(self.sorted) and int(self.sorted[position]) == key
+        return int(self.order[position]) if found else None
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

@@ -27,8 +27,7 @@ from pathlib import Path
 import torch
 
 import hf_llama_sampling
-from hf_llama_sampling import Llama
-from hf_llama_sampling.batch import runner as batch
+from hf_llama_sampling import Llama, batch
 
 TINY = Path(hf_llama_sampling.__file__).parent / "tiny_llama"
 PATIENCE = 60  # seconds; a run takes a few
@@ -50,7 +49,7 @@ def child(task, rank, port, ready, log, llama):
         if "limit" in task:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (task["limit"], task["limit"]))
-        batch.processes()
+        batch.process_state()
         os.write(ready, b".")
         summary = batch.run(llama, task["input"], task["output"], **task["options"])
         code = 1 if summary.errors else 0

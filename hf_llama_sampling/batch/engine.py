@@ -1,0 +1,127 @@
+"""Requests through the model, a batch at a time; where memory runs out, in halves.
+
+This module reads no records and writes no files, and never looks at logits.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..llama.llama import Llama
+from .ordering import cost
+from .requests import Request, Response, respond, respond_with_error
+from .settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers batches of requests with one model, by the settings of one run."""
+
+    def __init__(self, llama: Llama, settings: RunSettings) -> None:
+        self.llama = llama
+        self.settings = settings
+
+    def run(self, batch: Sequence[Request]) -> list[Response]:
+        """One call of the model, one response per request, in order.
+
+        Raises:
+            ValueError: a row is wrong; it may be any of them.
+        """
+        return self._score(batch) if self.settings.score else self._generate(batch)
+
+    def _score(self, batch: Sequence[Request]) -> list[Response]:
+        top = self.settings.top_logprobs
+        scored = self.llama.model.score_tokens([request.prompt for request in batch], top_logprobs=top)
+        responses = []
+        for row, request in enumerate(batch):
+            fields = {"prompt_tokens": request.prompt, "prompt_logprobs": scored.logprobs[row]}
+            if top:
+                fields["top_logprobs"] = scored.top_logprobs[row]
+            responses.append(respond(request, fields, len(request.prompt)))
+        return responses
+
+    def _generate(self, batch: Sequence[Request]) -> list[Response]:
+        settings = self.settings
+        made = self.llama.model.generate(
+            [request.prompt for request in batch],
+            max_gen_len=[request.limit for request in batch],
+            temperature=[request.temperature for request in batch],
+            top_p=[request.top_p for request in batch],
+            seeds=[request.seed for request in batch],
+            max_seq_len=self.llama.max_seq_len,
+            eos_token_id=self.llama._eos_ids(),
+            echo=settings.prompt_logprobs,
+            logprobs=settings.logprobs or settings.prompt_logprobs,
+            top_logprobs=settings.top_logprobs,
+        )
+        responses = []
+        for row, request in enumerate(batch):
+            start = len(request.prompt) if settings.prompt_logprobs else 0
+            tokens = made.tokens[row][start:]
+            fields = {
+                "generation": self.llama.text_of(tokens),
+                "tokens": tokens,
+                "finish_reason": made.finish_reason[row],
+                "seed": request.seed,
+            }
+            if settings.logprobs:
+                fields["logprobs"] = made.logprobs[row][start:]
+            if settings.top_logprobs:
+                fields["top_logprobs"] = made.top_logprobs[row][start:]
+            if settings.prompt_logprobs:
+                fields |= {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
+            responses.append(respond(request, fields, len(tokens)))
+        return responses
+
+
+class OutOfMemoryBackoff:
+    """Runs a batch, and where that fails for want of memory or for a row that is wrong, its halves.
+
+    What did not fit once is not tried again at that size.
+
+    Args:
+        run: answers a batch.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Request]], list[Response]]) -> None:
+        self.run = run
+        self.most = math.inf  # cost of a batch
+
+    def responses(self, batch: Sequence[Request]) -> Iterator[list[Response]]:
+        """All responses, in as many pieces as it takes. A single request that fails gets an error response."""
+        if len(batch) == 1 or cost(batch) <= self.most:
+            result = self._try(batch)
+            if not isinstance(result, str):
+                yield result
+                return
+            # By now the failed call's tensors have gone with its traceback.
+            clear_device_cache(garbage_collection=True)
+            if len(batch) == 1:
+                yield [respond_with_error(batch[0].index, batch[0].id, result)]
+                return
+        half = (len(batch) + 1) // 2
+        yield from self.responses(batch[:half])
+        yield from self.responses(batch[half:])
+
+    def _try(self, batch: Sequence[Request]) -> list[Response] | str:
+        """The responses, or why there are none."""
+        try:
+            return self.run(batch)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            if is_out_of_memory(error):
+                if len(batch) > 1:
+                    self.most = min(self.most, cost(batch) // 2)
+                    logger.warning("out of memory with a batch of %d records: halved", len(batch))
+                return "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
+            if not isinstance(error, ValueError):
+                raise
+            return str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may help."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)

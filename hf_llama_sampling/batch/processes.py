@@ -1,0 +1,108 @@
+"""The processes of a run: how many there are, what one tells the others, and who gets which batch.
+
+This module knows neither files nor models.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from .requests import Refused
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(days=30)  # the processes of a run end hours apart, and accelerate's own limit is minutes
+
+
+def process_state() -> PartialState:
+    """accelerate's view of the processes of this run; a single one, unless a launcher started more.
+
+    Raises:
+        ValueError: accelerate was set up before for another number of processes than the launcher started.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # Without an accelerator accelerate sees the processes only if it is told that they run on the CPU.
+    state = PartialState(cpu=wanted or not _has_accelerator(), timeout=_TIMEOUT)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes, but accelerate was set up for {state.num_processes} before: "
+            "call batch.process_state() before anything else uses accelerate"
+        )
+    return state
+
+
+def _has_accelerator() -> bool:
+    accelerator = getattr(torch, "accelerator", None)  # torch 2.6
+    return torch.cuda.is_available() if accelerator is None else bool(accelerator.is_available())
+
+
+def wait_for_all(state: PartialState) -> None:
+    """Wait until every process has come here.
+
+    Raises:
+        ConnectionError: one of them ended before.
+    """
+    try:
+        state.wait_for_everyone()
+    except RuntimeError as error:  # what torch raises when a peer's connection closes
+        raise _lost() from error
+
+
+def on_main(state: PartialState, work: Callable[[], T]) -> T:
+    """Run `work` on the main process; broadcast its result, or raise its error on every rank.
+
+    Raises:
+        Refused: `work` raised a ValueError or an OSError; the main process raises that error itself.
+        ConnectionError: a process ended before.
+    """
+    box: list[tuple[T | None, str | None]] = [(None, None)]
+    failure: Exception | None = None
+    if state.is_main_process:
+        try:
+            box = [(work(), None)]
+        except (ValueError, OSError) as error:
+            box, failure = [(None, str(error))], error
+    _broadcast(box)
+    result, message = box[0]
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise Refused(message)
+    return cast(T, result)
+
+
+def _broadcast(box: list[Any]) -> None:
+    try:
+        broadcast_object_list(box)
+    except RuntimeError as error:
+        raise _lost() from error
+
+
+def _lost() -> ConnectionError:
+    return ConnectionError(
+        "another process of this run ended before its work was done: the same command takes up what is missing"
+    )
+
+
+class LeastLoaded:
+    """Deals work out: each piece to the process with the least so far. Every process computes the same.
+
+    >>> schedule = LeastLoaded(2)
+    >>> [schedule.assign(cost) for cost in (5, 3, 1, 4)]
+    [0, 1, 1, 1]
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.loads = [0] * processes
+
+    def assign(self, cost: int) -> int:
+        """Which process gets a piece of this cost; of equals, the first."""
+        process = self.loads.index(min(self.loads))
+        self.loads[process] += cost
+        return process

@@ -77,7 +77,7 @@ def dialog_tokens(dialog: Sequence[Message], tokenizer: "TokenizerLike", *, row:
 def dialog_turns(dialog: Sequence[Message]) -> list[Turn]:
     """The turns of a dialog that `check_dialog` has passed.
 
-    >>> dialog_turns([{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hi "}])
+    >>> dialog_turns([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi "}])
     [Turn(text='[INST] <<SYS>>\\nBe brief.\\n<</SYS>>\\n\\nhi [/INST]', finished=False)]
     """
     texts = [text.strip() for text in _fold_system(dialog)]

@@ -62,8 +62,8 @@ class Tokenizer:
 
     >>> tokenizer = Tokenizer("hf_llama_sampling/tiny_llama/tokenizer.model")
     >>> tokenizer.encode("The king", bos=True, eos=False)
-    [1, 367, 573]
-    >>> tokenizer.decode([1, 367, 573])
+    [1, 367, 542]
+    >>> tokenizer.decode([1, 367, 542])
     'The king'
     """
 
@@ -96,7 +96,7 @@ class Tokenizer:
             ValueError: ``s`` is not valid Unicode, or BOS or EOS is asked for and the model has none.
 
         >>> tokenizer.encode(["The king", "Rome"], bos=False, eos=True)
-        [[367, 573, 2], [508, 321, 2]]
+        [[367, 542, 2], [742, 2]]
         """
         if not isinstance(s, str | bytes):
             return [self.encode(text, bos, eos) for text in _check_texts(s)]
@@ -113,7 +113,7 @@ class Tokenizer:
             TypeError: ``ids`` is neither.
             ValueError: an id is outside the vocabulary.
 
-        >>> tokenizer.decode([[367, 573], [508, 321]])
+        >>> tokenizer.decode([[367, 542], [742]])
         ['The king', 'Rome']
         """
         if isinstance(ids, str):

@@ -24,9 +24,9 @@ from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, seq
 from .plan import Request, make_plan
 from .rows import collect_rows, unshifted_rows
 from .schedule import Schedule
-from .scoring import CHUNK_BYTES, score_prompts
+from .scoring import CHUNK_BYTES
 from .trimming import Compat
-from .walk import CACHE_BYTES
+from .walk import CACHE_BYTES, score_rows
 
 
 class LlamaGenerationMixin(GenerationMixin):
@@ -156,14 +156,19 @@ class LlamaGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None = None,
         top_logprobs: int = 0,
         chunk_bytes: int = CHUNK_BYTES,
+        cache_bytes: int = CACHE_BYTES,
     ) -> LlamaScoreOutput:
         r"""Raw logprobs of given texts; nothing is generated, and rows do not see each other.
+
+        The list may be long: it is forwarded in batches, and whatever several of its texts begin with is read once.
 
         Args:
             prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each as long as the model allows.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): of a padded tensor, on either side.
             top_logprobs (`int`): how many best tokens to report at each position.
-            chunk_bytes (`int`): memory for the logits of one chunk of columns, 128 MiB if not given.
+            chunk_bytes (`int`): memory for the logits of one forward, 128 MiB if not given.
+            cache_bytes (`int`): memory for the caches of shared beginnings, 1 GiB if not given. A beginning whose cache
+                does not fit is read again for each text; a single text's own cache is always allowed.
 
         Returns:
             [`LlamaScoreOutput`]: `logprobs`, natural logarithm, 0.0 for each row's first token.
@@ -176,9 +181,10 @@ class LlamaGenerationMixin(GenerationMixin):
         refuse_encoder_decoder(self)
         top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
+        cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
         rows = read_prompts(prompts, attention_mask, vocab_size_of(self))
         check_lengths(rows, context_of(self), name="the model's context")
-        scores = score_prompts(self, rows, top=top, chunk_bytes=chunk_bytes)
+        scores = score_rows(self, rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
         return LlamaScoreOutput(
             logprobs=[row.logprobs for row in scores],
             top_logprobs=[row.top_logprobs for row in scores] if top else None,

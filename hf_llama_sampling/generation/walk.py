@@ -6,10 +6,11 @@ does not check what callers give.
 """
 
 import inspect
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from ..checks import nonfinite
 from .caches import bytes_per_column, can_be_shared, drop_last, repeat_rows, take_row, window_of
 from .model_info import device_of, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
-from .scoring import bytes_for, columns_per_chunk
+from .scoring import RowScores, bytes_for, columns_per_chunk
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
@@ -28,8 +29,17 @@ _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights
 _FORWARD_COST = {"cpu": 32}
 _FORWARD_COST_ELSEWHERE = 256
 _PIECES = 16
-# Whether a model's caches can be shared, by model and by whether it is in training mode.
-_PROBED: "weakref.WeakKeyDictionary[Any, dict[bool, bool]]" = weakref.WeakKeyDictionary()
+
+
+class CacheFacts(NamedTuple):
+    """How a model's cache of a prefix may be shared."""
+
+    column_bytes: int  # of one column of one row
+    window: int | None  # the shortest sliding window
+
+
+# By model, and by whether it is in training mode and its dtype; None where its caches are not shared.
+_FACTS: "weakref.WeakKeyDictionary[Any, dict[Any, CacheFacts | None]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -68,6 +78,17 @@ def score_texts(
         raise nonfinite(row, found.edge.start + found.index + 1) from None
 
 
+def score_rows(
+    model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int, cache_bytes: int
+) -> list[RowScores]:
+    """Scores of whole texts, 0.0 and no best tokens for each one's first token."""
+    texts = [Text(np.array(prompt, np.int32), 1) for prompt in prompts]
+    score_texts(
+        model, texts, rows=range(len(texts)), top=top, greedy=False, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
+    )
+    return [RowScores([0.0, *text.logprobs()], [[], *text.top()] if top else []) for text in texts]
+
+
 def length_limit(model: Any) -> int | None:
     """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
     config = model.config.get_text_config()
@@ -93,30 +114,26 @@ class _NonFinite(Exception):
         self.edge, self.index = edge, index
 
 
-def _part_of(model: Any, tokens: Ids, device: torch.device) -> Any:
-    """The cache of a few tokens, or None if it is of a kind that is not shared."""
-    try:
-        output = model(torch.as_tensor(tokens, device=device)[None].long(), use_cache=True, return_dict=True)
-    except Exception:  # a model that takes no such cache is forwarded without one
-        return None
-    cache = getattr(output, "past_key_values", None)
-    return cache if can_be_shared(cache) else None
+def try_sharing(model: Any, tokens: Ids, device: torch.device) -> CacheFacts | None:
+    """Forward a few tokens whole, then in parts: two rows go on after the cache of the first three tokens.
 
-
-def _goes_on(model: Any, cache: Any, tokens: Ids, device: torch.device) -> bool:
-    """Whether two rows that go on after the cache of their first tokens get the logits of the whole text."""
+    None if the cache is of a kind that is not shared, or the logits differ: such a model is forwarded text by text.
+    """
     ids = torch.as_tensor(tokens, device=device)[None].long()
-    held = int(cache.get_seq_length())
     try:
-        whole = model(ids, use_cache=False, return_dict=True).logits[0, held:].float()
-        rest = ids[:, held:].expand(2, -1)
-        shared = repeat_rows(cache, 2)
-        parts = model(rest, past_key_values=shared, use_cache=True, return_dict=True).logits
-    except Exception:
-        return False
+        cache = getattr(model(ids[:, :3], use_cache=True, return_dict=True), "past_key_values", None)
+        if not can_be_shared(cache):
+            return None
+        whole = model(ids, use_cache=False, return_dict=True).logits[0, 3:].float()
+        two = repeat_rows(cache, 2)
+        parts = model(ids[:, 3:].expand(2, -1), past_key_values=two, use_cache=True, return_dict=True).logits
+    except Exception:  # no such argument, no such shape: whatever is wrong, texts are forwarded whole
+        return None
     # Rounding, at the size of the logits. A cache that is not continued is off by far more.
     allowed = min(0.1, 1000 * torch.finfo(parts.dtype).eps) * whole.abs().max()
-    return bool((parts.float() - whole).abs().max() <= allowed)
+    if not bool((parts.float() - whole).abs().max() <= allowed):
+        return None
+    return CacheFacts(bytes_per_column(cache), window_of(cache))
 
 
 @dataclass(eq=False)
@@ -152,8 +169,7 @@ class _Walk:
         self.most_tokens = max(_FORWARD_TOKENS, self.most_read) if self.skips_logits else self.most_read
         self.least = _FORWARD_COST.get(self.device.type, _FORWARD_COST_ELSEWHERE)
         self.held = 0  # bytes
-        self.column_bytes: int | None = None
-        self.window: int | None = None
+        self.facts: CacheFacts | None = None
 
     def run(self, root: Edge) -> None:
         """Forward every edge."""
@@ -198,7 +214,7 @@ class _Walk:
 
     def bytes_of(self, columns: int) -> int:
         """Of a row's cache of so many columns."""
-        return columns * (self.column_bytes or 0)
+        return columns * (self.facts.column_bytes if self.facts else 0)
 
     def keeps(self, step: Step) -> bool:
         """Whether a step's cache is kept for the texts below it: if that saves more than it costs, and fits."""
@@ -210,15 +226,13 @@ class _Walk:
         """Whether this model's caches of a prefix may be shared; tried once per model, on these tokens."""
         if self.by_length:
             return False
-        known = _PROBED.setdefault(self.model, {})
-        mode = self.model.training
-        if known.get(mode, True) and self.column_bytes is None:
-            cache = _part_of(self.model, np.resize(tokens, 8)[:3], self.device)
+        if self.facts is None:
+            known = _FACTS.setdefault(self.model, {})
+            mode = (self.model.training, self.model.dtype)
             if mode not in known:
-                known[mode] = cache is not None and _goes_on(self.model, cache, np.resize(tokens, 8), self.device)
-            if known[mode]:
-                self.column_bytes, self.window = bytes_per_column(cache), window_of(cache)
-        return known[mode]
+                known[mode] = try_sharing(self.model, np.resize(tokens, 8), self.device)
+            self.facts = known[mode]
+        return self.facts is not None
 
     def batches(self, frame: _Frame) -> list[list[Step]]:
         """The steps below a frame in batches, to be taken from the end: leaves first, the heaviest step last."""
@@ -233,6 +247,7 @@ class _Walk:
 
         `cropped`: their caches will be cut to each one's length, which a sliding window that is full does not allow.
         """
+        window = (self.facts.window if self.facts else None) or sys.maxsize
         packed: list[list[Step]] = []
         read = np.zeros(0, bool)  # columns of the last batch
         for step in sorted(steps, key=lambda step: -len(step.tokens)):
@@ -240,14 +255,14 @@ class _Walk:
             rows, width = len(batch) + 1, len(read)
             # A forward without a cache before or after it takes none of the room.
             needs_cache = cropped or step.start > 0
-            equal = self.by_length or (cropped and self.window is not None and step.start + width >= self.window)
+            equal = self.by_length or (cropped and step.start + width >= window)
             columns = step.columns()
             if not self.skips_logits:
                 columns[:] = True
             both = read | np.pad(columns, (0, max(0, width - len(columns)))) if batch else read
             fits = (
                 batch
-                and (len(step.tokens) == width if equal else 2 * len(step.tokens) >= width)
+                and width - len(step.tokens) <= (0 if equal else self.least)  # padding costs less than a forward
                 and rows * width <= self.most_tokens
                 and rows * int(both.sum()) <= self.most_read
                 and (not needs_cache or rows * self.bytes_of(step.start + width) <= room)

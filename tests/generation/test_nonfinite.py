@@ -1,5 +1,6 @@
 """Logits that hold nan or inf are named by row and position, and nobody's logits end nothing."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,6 +8,21 @@ import torch
 from transformers import LogitsProcessor
 
 from tests.generation.helpers import RAGGED, SHORT, STREAMS, Plant, close
+
+
+@contextlib.contextmanager
+def after_token(model, token, value):
+    """Put a value into the logits behind a token, wherever it stands."""
+
+    def plant(module, args, kwargs, output):
+        columns = kwargs.get("logits_to_keep", torch.arange(args[0].shape[1]))
+        output.logits[:, :, 17].masked_fill_(args[0][:, columns] == token, value)
+
+    handle = model.register_forward_hook(plant, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -36,12 +52,13 @@ def test_bad_logits_in_a_prompt_are_named(tiny_model, value, chunk_bytes):
         tiny_model.generate(RAGGED, schedule="padded", **asked)
     with Plant(tiny_model, 0, 0, value), pytest.raises(ValueError, match="position 1 of row 0 hold nan or inf"):
         tiny_model.generate(RAGGED, schedule="reference", **asked)
-    with Plant(tiny_model, 1, 3, value), pytest.raises(ValueError, match="position 4 of row 1 hold nan or inf"):
+    assert (RAGGED[1][3], RAGGED[0][-1]) == (9, 6)
+    with after_token(tiny_model, 9, value), pytest.raises(ValueError, match="position 4 of row 1 hold nan or inf"):
         tiny_model.score_tokens(RAGGED, chunk_bytes=chunk_bytes)
     plain = tiny_model.generate(RAGGED, schedule="padded", **asked), tiny_model.score_tokens(RAGGED)
     with Plant(tiny_model, 0, 2, value):  # column 2 of row 0 is padding: its prompt begins in column 4
         assert tiny_model.generate(RAGGED, schedule="padded", **asked).logprobs == plain[0].logprobs
-    with Plant(tiny_model, 0, 4, value):  # beyond row 0's end
+    with after_token(tiny_model, 0, value), after_token(tiny_model, 6, value):  # padding, and a text's last token
         close(tiny_model.score_tokens(RAGGED, chunk_bytes=chunk_bytes).logprobs, plain[1].logprobs)
 
 

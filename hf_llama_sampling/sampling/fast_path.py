@@ -44,7 +44,7 @@ def on_cpu(values: Tensor | torch.device) -> bool:
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """`rule.softmax_with_temperature`, which guards against an overflow only where nan shows one. logits: (B, V)."""
-    probs = torch.softmax(logits.float() / rule.not_too_cold(temperature), dim=-1)
+    probs = torch.softmax(logits.float() / rule.within_float32(temperature), dim=-1)
     overflow = any(map(math.isnan, probs[:, 0].tolist()))
     return rule.softmax_with_temperature(logits, temperature) if overflow else probs
 

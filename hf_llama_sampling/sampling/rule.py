@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A lower temperature acts as this one: all mass is on the best logit, and float32 still divides by it.
+# Temperatures beyond these act as these: all mass is on the best logit, or all tokens are equally probable.
 COLDEST = 1e-30
-_LARGEST = torch.finfo(torch.float32).max / 2
+HOTTEST = torch.finfo(torch.float32).max
+_LARGEST = HOTTEST * (1 - 2**-22)  # times a temperature below 1, rounded, divided again by it and rounded: finite
 
 Noise = Callable[[Tensor, Tensor | None], Tensor]
 """``noise(tokens, rows)``: Exp(1) values (R, K) for token ids (R, K), best first, of these rows of the batch or all."""
@@ -52,15 +53,20 @@ def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
     Where the largest quotient of a row would overflow, the row is shifted down first, which changes no probability.
     """
-    logits, temperature = logits.float(), not_too_cold(temperature)
-    best, largest = logits.amax(-1, keepdim=True), _LARGEST * temperature
+    logits, temperature = logits.float(), within_float32(temperature)
+    largest = _LARGEST * temperature  # that divides without overflow; above 1 everything does
+    if not isinstance(largest, Tensor) and largest > _LARGEST:
+        largest = torch.inf
+    best = logits.amax(-1, keepdim=True)
     excess = best - best.clamp(-largest, largest)  # type: ignore[arg-type]  # 0 where nothing overflows
     return (logits - excess) / temperature
 
 
-def not_too_cold(temperature: float | Tensor) -> float | Tensor:
-    """The temperature, at least `COLDEST`."""
-    return temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else max(temperature, COLDEST)
+def within_float32(temperature: float | Tensor) -> float | Tensor:
+    """The temperature, as far as float32 divides by it."""
+    if isinstance(temperature, Tensor):
+        return temperature.clamp(COLDEST, HOTTEST)
+    return min(max(temperature, COLDEST), HOTTEST)
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:

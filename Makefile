@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests that share a costly fixture run on one worker, see tests/conftest.py.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-fast test-processors soak structure benchmarks clean
+.PHONY: demo test test-fast test-long test-processors soak structure benchmarks clean
 
 demo: .venv/installed
 	$(BIN)/hf-llama-sampling complete --seed 1 --max-gen-len 40 --logprobs "ROMEO:" "First Citizen:"
@@ -20,6 +20,10 @@ test: .venv/tests
 # Without what starts a second process, trains, builds or needs the real weights: about a minute.
 test-fast: .venv/tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not (launches or trains or builds or weights)"
+
+# The properties, on other and more examples at each call.
+test-long: .venv/tests
+	$(BIN)/python -m pytest $(WORKERS) -m hypothesis --hypothesis-profile long
 
 # The tests that compare numbers, under each instruction set that this processor has.
 test-processors: .venv/tests

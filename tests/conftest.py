@@ -15,6 +15,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -28,6 +29,18 @@ TINY = HERE.parent / "hf_llama_sampling" / "tiny_llama"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
+
+# Examples that repeat, and no time limit: a test says the same on a slow machine. `make test-long` looks further.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("repeatable"), derandomize=False, max_examples=2000
+)
+hypothesis.settings.load_profile("repeatable")
 
 # Tests that use one of these fixtures get its marker, and run on one worker, so that the fixture is made once.
 MARKER_OF_FIXTURE = {

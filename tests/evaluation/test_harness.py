@@ -10,7 +10,7 @@ from tests.conftest import TINY
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval: install the extra lm-eval")
 # The harness' own imports, and the libraries that it pulls in, warn on their own account.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.launches]  # the harness asks git for its version
 
 CHOICE = """
 task: local_choice

@@ -1,8 +1,10 @@
-"""Meta's door: texts and dialogs against recorded answers of Meta's own code, and `build`."""
+"""The `llama`-compatible API: texts and dialogs against recorded answers of Meta's own code, and `build`."""
 
 import copy
 import json
 
+import numpy as np
+import pandas
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from tests.bounds import ROUNDING
 from tests.conftest import GOLDEN, TINY
 from tests.llama.test_checkpoint import llama as random_llama
 from tests.llama.test_checkpoint import write
+from tests.llama.test_templates import LLAMA2
 
 RECORDED = json.loads((GOLDEN / "completion.json").read_text())
 SAFE: Dialog = [{"role": "user", "content": "Who is there?"}]
@@ -46,22 +49,22 @@ def llama(tiny_model):
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_recorded_predictions(tokenizer, kind):
     """Prompt tokens, default length, predictions and per-token strings are the recorded ones."""
-    recorded, door = RECORDED[kind], Recorded(tokenizer)
+    recorded, llama = RECORDED[kind], Recorded(tokenizer)
     if kind == "text":
-        predictions = door.text_completion(recorded["prompts"], logprobs=True)
+        predictions = llama.text_completion(recorded["prompts"], logprobs=True)
     else:
-        predictions = door.chat_completion(recorded["dialogs"], logprobs=True)
-    assert door.asked["prompt_tokens"] == recorded["prompt_tokens"]
-    assert door.asked["max_gen_len"] == recorded["max_gen_len"]
+        predictions = llama.chat_completion(recorded["dialogs"], logprobs=True)
+    assert llama.asked["prompt_tokens"] == recorded["prompt_tokens"]
+    assert llama.asked["max_gen_len"] == recorded["max_gen_len"]
     assert predictions == recorded["predictions"]
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_without_logprobs_only_the_generation_is_returned(tokenizer, kind):
     """Without `logprobs` a prediction has one key, as the reference's."""
-    recorded, door = RECORDED[kind], Recorded(tokenizer)
+    recorded, llama = RECORDED[kind], Recorded(tokenizer)
     predictions = (
-        door.text_completion(recorded["prompts"]) if kind == "text" else door.chat_completion(recorded["dialogs"])
+        llama.text_completion(recorded["prompts"]) if kind == "text" else llama.chat_completion(recorded["dialogs"])
     )
     assert predictions == [{"generation": p["generation"]} for p in recorded["predictions"]]
 
@@ -297,3 +300,208 @@ def test_any_causal_model_gets_the_mixin(tiny_model):
     assert not isinstance(plain, LlamaForCausalLM)
     assert llama.model.lm_head.weight is plain.lm_head.weight
     assert llama.generate([[1, 870]], 8, 0.0) == Llama(tiny_model, str(TINY)).generate([[1, 870]], 8, 0.0)
+
+
+# Types, containers, formats
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llama: llama.generate([[1]], 2, logprobs=5), "logprobs must be True or False, got 5: for the best"),
+        (lambda llama: llama.generate([[1]], 2, logprobs=0), "logprobs must be True or False, got 0"),
+        (lambda llama: llama.generate([[1]], 2, echo="no"), "echo must be True or False, got 'no'"),
+        (lambda llama: llama.text_completion(["a"], logprobs=5), "top_logprobs=k"),
+        (lambda llama: llama.text_completion(["a"], echo=1), "echo must be True or False, got 1"),
+        (lambda llama: llama.chat_completion([SAFE], logprobs="yes"), "logprobs must be True or False, got 'yes'"),
+        (lambda llama: llama.generate([[1]], "4"), "max_gen_len must be an int, got '4'"),
+        (lambda llama: llama.generate([[1]], 2.5), "max_gen_len must be an int, got 2.5"),
+        (lambda llama: llama.generate([[1]], True), "max_gen_len must be an int, got True"),
+        (lambda llama: llama.generate([[1]], 2, "0.5"), "temperature must be a number, got '0.5'"),
+        (lambda llama: llama.generate([[1]], 2, 0.5, True), "top_p must be a number, got True"),
+        (lambda llama: llama.generate("ROMEO:", 2), "got text"),
+        (lambda llama: llama.text_completion({"a": "b"}), "give its values()"),
+        (lambda llama: llama.text_completion({"a", "b"}), "an order"),
+        (lambda llama: llama.text_completion(["a", 3]), "got int for row 1"),
+        (lambda llama: llama.text_completion([["a"]]), "got list for row 0"),
+        (lambda llama: llama.text_completion(5), "got int: wrap it"),
+        (lambda llama: llama.text_completion(pandas.DataFrame({"text": ["a"]})), "one of its columns"),
+        (lambda llama: Llama("llama-2-7b", llama.tokenizer), "got 'llama-2-7b': load one, or give its folder"),
+        (lambda llama: Llama(llama.model, None), "of type NoneType"),
+        (lambda llama: Llama(llama.model, llama.tokenizer, max_seq_len="64"), "max_seq_len must be an int, got '64'"),
+        (lambda llama: Llama.build(TINY, TINY, 64, 4, seed="1"), "seed must be an int, got '1'"),
+        (lambda llama: Llama.build(TINY, TINY, 64, 4, device_map=1.5), "1.5 is none"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(llama, call, words):
+    """A number is no flag, a text no number, and a container without order no batch."""
+    with pytest.raises(TypeError) as error:
+        call(llama)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"dtype": "int8"}, "dtype must be a floating-point type, got 'int8'"),
+        ({"dtype": "fp17"}, "got 'fp17': give 'float16'"),
+        ({"dtype": torch.long}, "got torch.int64"),
+        ({"device_map": "cuda:99"}, "'cuda:99' asks for a cuda device"),
+        ({"device_map": {"": "cuda:99"}}, "device_map[''] must name a device of this machine"),
+        ({"device_map": "gpu"}, "'gpu' is none"),
+        ({"device_map": "meta"}, "asks for a meta device"),
+        ({"compat": "exact"}, "compat must be one of"),
+        ({"schedule": "dense"}, "schedule must be one of"),
+        ({"model_parallel_size": 0}, "model_parallel_size must be at least 1"),
+        ({"seed": 2**64}, "seed must be from"),
+        ({"max_seq_len": 0}, "max_seq_len must be at least 1"),
+        ({"max_batch_size": -1}, "max_batch_size must be at least 1"),
+    ],
+)
+def test_build_checks_its_arguments_before_it_loads(arguments, words, monkeypatch):
+    """A bad value costs no time: nothing is read."""
+    monkeypatch.setattr("hf_llama_sampling.llama.llama.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError) as error:
+        Llama.build(TINY, TINY, **{"max_seq_len": 64, "max_batch_size": 4} | arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "torch.bfloat16", torch.bfloat16, "half"])
+def test_build_takes_every_spelling_of_a_dtype(dtype):
+    """A name, torch's name, the type itself, and `"auto"` for the checkpoint's own."""
+    expected = {"auto": torch.float16, "half": torch.float16}.get(dtype, torch.bfloat16)
+    assert Llama.build(TINY, TINY, 64, 1, dtype=dtype).model.dtype == expected
+
+
+def test_build_reads_metas_folder_in_its_own_dtype(tmp_path):
+    """`dtype="auto"` means the same for Meta's format."""
+    write(tmp_path, random_llama(vocab=1024), dtype=torch.bfloat16)
+    assert Llama.build(tmp_path, TINY, 64, 1, dtype="auto").model.dtype == torch.bfloat16
+
+
+TEXTS = ["ROMEO:", "The king"]
+HOLDERS = {
+    "tuple": tuple,
+    "array": np.array,
+    "objects": lambda rows: np.array([*rows, None], dtype=object)[:-1],
+    "column": pandas.Series,
+    "later column": lambda rows: pandas.Series(rows, index=[7, 8]),
+    "generator": lambda rows: (row for row in rows),
+    "values": lambda rows: dict(enumerate(rows)).values(),
+    "map": lambda rows: map(lambda row: row, rows),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_prompts_in_any_container_that_keeps_their_order(llama, holder):
+    """Texts, dialogs and lists of ids: the answers to a list of them."""
+    ids = [[1, 870, 988], [1, 870, 5]]
+    dialogs = [SAFE, [{"role": "user", "content": "And you?"}]]
+    hold = HOLDERS[holder]
+    assert llama.text_completion(hold(TEXTS), 0.0, max_gen_len=4) == llama.text_completion(TEXTS, 0.0, max_gen_len=4)
+    assert llama.generate(hold(ids), 4, 0.0) == llama.generate(ids, 4, 0.0)
+    if holder != "array":
+        assert llama.chat_completion(hold(dialogs), 0.0, max_gen_len=2) == llama.chat_completion(
+            dialogs, 0.0, max_gen_len=2
+        )
+
+
+def test_rows_in_any_container(llama):
+    """Each prompt may be an array, a tensor, a tuple or a generator; each dialog a tuple."""
+    want = llama.generate([[1, 870, 988]], 4, 0.0)
+    for row in (np.array([1, 870, 988]), torch.tensor([1, 870, 988]), (1, 870, 988), iter([1, 870, 988])):
+        assert llama.generate([row], 4, 0.0) == want
+    assert llama.generate(torch.tensor([[1, 870, 988]]), 4, 0.0) == want
+    assert llama.generate([[np.int64(1), np.int32(870), 988]], np.int64(4), np.float32(0.0)) == want
+    assert llama.chat_completion([tuple(SAFE)], 0.0, max_gen_len=2) == llama.chat_completion([SAFE], 0.0, max_gen_len=2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llama: llama.generate([[1]] * 5, 4),
+        lambda llama: llama.generate([[1] * 129], 4),
+        lambda llama: llama.chat_completion([[{"role": "assistant", "content": "x"}]]),
+        lambda llama: llama.chat_completion([[*SAFE, {"role": "assistant", "content": "x"}]]),
+        lambda llama: llama.tokenizer.encode(3, bos=True, eos=False),
+        lambda llama: Tokenizer("/nowhere/tokenizer.model"),
+    ],
+)
+def test_where_the_reference_asserts_an_assertion_error_is_caught(llama, call):
+    """Scripts that catch AssertionError go on; the error is a ValueError too."""
+    for kind in (AssertionError, ValueError):
+        with pytest.raises(kind):
+            call(llama)
+
+
+# Chat formats
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def with_template(tiny_model):
+    """The bundled model, with a tokenizer that came with a chat format of its own."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = CHATML
+    return Llama(tiny_model, tokenizer, max_seq_len=128)
+
+
+def test_another_template_brings_a_warning_and_metas_format(with_template, tiny_model):
+    """The default stays LLAMA2's, and says so; the answer is that of a tokenizer without a template."""
+    with pytest.warns(UserWarning, match=r"\[INST\] format.*chat_format=\"template\"") as caught:
+        answer = with_template.chat_completion([SAFE], 0.0, max_gen_len=4)
+    assert caught[0].filename == __file__
+    assert answer == Llama(tiny_model, str(TINY)).chat_completion([SAFE], 0.0, max_gen_len=4)
+
+
+@pytest.mark.parametrize("chat_format", ["llama2", "template", "auto"])
+def test_chat_format_chooses_and_brings_no_warning(with_template, chat_format, recwarn):
+    """The prompt is that of `encode_dialog` in this format."""
+    prompt = with_template.encode_dialog(SAFE, "llama2" if chat_format == "llama2" else "template")
+    (tokens,), _ = with_template.generate([prompt], 6, 0.0)
+    (answer,) = with_template.chat_completion([SAFE], 0.0, max_gen_len=6, chat_format=chat_format)
+    assert answer["generation"]["content"] == with_template.text_of(tokens)
+    assert not recwarn.list
+
+
+def test_without_another_template_there_is_no_warning(llama, tiny_model, recwarn):
+    """Neither for a SentencePiece file, nor without a template, nor where the template is LLAMA2's own."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    llama.chat_completion([SAFE], max_gen_len=1)
+    Llama(tiny_model, tokenizer).chat_completion([SAFE], max_gen_len=1)
+    tokenizer.chat_template = LLAMA2
+    Llama(tiny_model, tokenizer).chat_completion([SAFE], max_gen_len=1)
+    assert not recwarn.list
+
+
+def test_tags_are_the_templates_business_in_its_own_format(with_template):
+    """A template's format has no LLAMA2 tags: a text with one is answered, not refused."""
+    for llama in (with_template, Llama(with_template.model, with_template.tokenizer, compat="fixed")):
+        (answer,) = llama.chat_completion([UNSAFE], 0.0, max_gen_len=4, chat_format="template")
+        assert answer["generation"]["content"] != UNSAFE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("dialog", "chat_format", "words"),
+    [
+        (SAFE, "chatml", "chat_format must be one of 'auto', 'llama2', 'template'"),
+        ([], "template", "dialog 0 is empty"),
+        (["Hi"], "template", "message 0 of dialog 0 is of type str"),
+        ([{"role": "user"}], "template", "chat template refuses these messages"),
+    ],
+)
+def test_what_a_template_does_not_take_is_one_sentence(with_template, dialog, chat_format, words):
+    """Shape and format are checked, and the template's own error is passed on."""
+    with pytest.raises(ValueError) as error:
+        with_template.chat_completion([dialog], chat_format=chat_format)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_is_not_there_is_refused(llama):
+    """The sentence names the format that there is."""
+    with pytest.raises(ValueError, match='no chat template: take chat_format="llama2"'):
+        llama.chat_completion([SAFE], chat_format="template")

@@ -84,7 +84,7 @@ class LlamaGenerationMixin(GenerationMixin):
                 tokens up to the rounding of the logits, and a ragged batch is much faster. Auto takes padded for a
                 ragged batch if it fits the context that way, else reference. In padded, the state left in the
                 generator is the reference's unless a row runs into its limit and would have met an EOS beyond it.
-            compat (`"fixed"` or `"meta"`): `"meta"` keeps the reference's quirks; see the README's table.
+            compat (`"fixed"` or `"meta"`): `"meta"` keeps the reference's quirks (see docs/coming-from-llama.md).
             chunk_bytes (`int`): memory for the logits of one chunk of prompt when logprobs are echoed, 128 MiB if not
                 given. Each chunk reads all weights once more, so much less of it costs time.
             kwargs: everything else that transformers' `generate` takes: `attention_mask`, `eos_token_id` (an id or a

@@ -72,7 +72,7 @@ class Llama:
         tokenizer: anything with Meta's five members, or a transformers tokenizer.
         max_seq_len: most tokens per row, prompt included; the model's context if not given.
         max_batch_size: most rows per call; no limit if not given.
-        compat: `"meta"` keeps the reference's quirks, `"fixed"` mends them (the README has the table).
+        compat: `"meta"` keeps the reference's quirks, `"fixed"` mends them (docs/coming-from-llama.md has the table).
         schedule: see `LlamaGenerationMixin.generate`.
 
     Raises:

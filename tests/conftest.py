@@ -28,6 +28,10 @@ TINY = HERE.parent / "hf_llama_sampling" / "tiny_llama"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
+# Properties run on the same few examples in every run, or, with HYPOTHESIS_PROFILE=long, on many new ones.
+hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
 
 # Examples that repeat, and no time limit: a test says the same on a slow machine. `make test-long` looks further.

@@ -20,7 +20,7 @@ from torch import Tensor
 # Temperatures beyond these act as these: all mass is on the best logit, or all tokens are equally probable.
 COLDEST = 1e-30
 HOTTEST = torch.finfo(torch.float32).max
-_LARGEST = HOTTEST * (1 - 2**-22)  # times a temperature below 1, rounded, divided again by it and rounded: finite
+_LARGEST = HOTTEST * (1 - 2**-22)  # times a temperature, rounded, divided by it again and rounded: finite
 
 Noise = Callable[[Tensor, Tensor | None], Tensor]
 """``noise(tokens, rows)``: Exp(1) values (R, K) for token ids (R, K), best first, of these rows of the batch or all."""
@@ -51,15 +51,19 @@ class Draw(NamedTuple):
 def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """``logits / temperature`` in float32. logits: (B, V); temperature: a number, or (B, 1), above 0.
 
-    Where the largest quotient of a row would overflow, the row is shifted down first, which changes no probability.
+    Where the best quotient of a row would overflow, the row is shifted down to 0, which changes no probability.
     """
     logits, temperature = logits.float(), within_float32(temperature)
-    largest = _LARGEST * temperature  # that divides without overflow; above 1 everything does
-    if not isinstance(largest, Tensor) and largest > _LARGEST:
-        largest = torch.inf
     best = logits.amax(-1, keepdim=True)
-    excess = best - best.clamp(-largest, largest)  # type: ignore[arg-type]  # 0 where nothing overflows
-    return (logits - excess) / temperature
+    shift = _zero_below(best, _LARGEST * temperature)
+    return (logits - shift) / temperature
+
+
+def _zero_below(values: Tensor, bound: float | Tensor) -> Tensor:
+    """Values (B, 1) whose magnitude is above `bound`, and 0 for the others."""
+    if isinstance(bound, Tensor):
+        return values * (values.abs() > bound)
+    return torch.nn.functional.hardshrink(values, min(bound, HOTTEST))
 
 
 def within_float32(temperature: float | Tensor) -> float | Tensor:

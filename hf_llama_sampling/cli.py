@@ -170,11 +170,11 @@ def parity(arguments: argparse.Namespace) -> int:
 
         from .generation.mixin import with_llama_generation
         from .llama.loading import load_model
-        from .llama.placement import choose_placement
+        from .llama.placement import check_device, choose_placement
         from .parity import checks
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    placement = choose_placement("float32", device)
+    placement = choose_placement("float32", check_device(device))
     torch.set_float32_matmul_precision("highest")
     with quiet_loading():
         model: Any = with_llama_generation(load_model(arguments.model, placement))

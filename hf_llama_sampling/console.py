@@ -147,7 +147,7 @@ def _stdin() -> Any:
 
 def _wrong_encoding(name: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(
-        f"{name} must be text in {error.encoding}, and the byte at place {error.start} is not: convert it"
+        f"{name} must be text in {error.encoding}, and its byte {error.object[error.start]:#04x} is not: convert it"
     )
 
 

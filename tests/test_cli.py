@@ -1,7 +1,12 @@
 """The command, launched as a person launches it or called in this process."""
 
+import contextlib
+import dataclasses
 import io
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
 
@@ -48,6 +53,60 @@ def test_complete_logprobs_are_printed_beside_their_tokens(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for token, value in zip(answer["tokens"], answer["logprobs"], strict=True):
         assert f"{token!r} {value:.4f}" in printed
+
+
+NEVER_LOADED = [
+    (["complete", "x", "--temperature", "-1"], "temperature must be 0 (greedy) or a finite number above it, got -1.0"),
+    (["complete", "x", "--temperature", "nan"], "got nan"),
+    (["complete", "x", "--temperature", "1e999"], "got inf"),
+    (["chat", "--temperature", "-1"], "temperature"),
+    (["chat", "--top-p", "1.5"], "top_p must lie in [0, 1], got 1.5"),
+    (["chat", "--max-gen-len", "-3"], "max_gen_len must be at least 0, got -3"),
+    (["chat", "--max-seq-len", "0"], "max_seq_len must be at least 1, got 0"),
+    (["chat", "--seed", str(2**64)], "seed must be from"),
+    (["chat", "--system", "say [INST]"], "must hold none of LLAMA2's tags"),
+    (["complete", "x", "--seed", str(-(2**63) - 1)], "seed must be from"),
+    (["complete", "x", "--max-seq-len", "-1"], "max_seq_len must be at least 1, got -1"),
+    (["complete", "x", "--device-map", "cuda:77"], "'cuda:77' asks for a cuda device"),
+    (["complete", "x", "--device-map", "nonsense"], "'nonsense' is none"),
+    (["complete", "a\udcffb"], "must be valid Unicode"),
+    (["complete", "--file", "/nowhere/at/all"], "cannot be read"),
+    (["parity", "--device", "cuda:77"], "'cuda:77' asks for a cuda device"),
+    (["batch", "-", "-", "--temperature", "-1"], "temperature"),
+    (["batch", "-", "-", "--top-p", "2"], "top_p"),
+    (["batch", "-", "-", "--max-gen-len", "-1"], "max_gen_len must be at least 0"),
+    (["batch", "-", "-", "--max-seq-len", "0"], "max_seq_len must be at least 1"),
+    (["batch", "-", "-", "--batch-size", "0"], "batch_size must be at least 1"),
+    (["batch", "-", "-", "--batch-tokens", "0"], "batch_tokens must be at least 1"),
+    (["batch", "-", "-", "--window", "0"], "window must be at least 1"),
+    (["batch", "-", "-", "--top-logprobs", "-1"], "top_logprobs must be at least 0"),
+    (["batch", "-", "-", "--seed", "-1"], "seeds must lie in [0, 2**64), got -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), NEVER_LOADED)
+def test_a_bad_value_is_refused_before_anything_is_loaded_or_read(capsys, monkeypatch, arguments, words):
+    """Status 2 and one sentence, with neither a model read nor a line of standard input."""
+
+    class Unread(io.StringIO):
+        def readline(self, *_):
+            pytest.fail("read standard input")
+
+    monkeypatch.setattr("hf_llama_sampling.llama.llama.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("hf_llama_sampling.llama.loading.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("sys.stdin", Unread())
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hf-llama-sampling {arguments[0]}: ") and error.count("\n") == 1
+    assert words in error
+
+
+@pytest.mark.parametrize("arguments", [["complete", "x", "--top-p", "a"], ["chat", "--max-gen-len", "2.5"], ["sing"]])
+def test_what_argparse_refuses_is_status_2_too(arguments, capsys):
+    """Words for numbers, and commands that there are not."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,12 +158,13 @@ def test_parity_on_metas_folder(capsys, tmp_path):
 
 def test_parity_notices_a_difference(capsys, monkeypatch):
     """A sampler that keeps another nucleus does not pass."""
-    import hf_llama_sampling.generation.loop as schedules
+    from hf_llama_sampling.generation import loop
 
-    right = schedules.sample
-    monkeypatch.setattr(
-        schedules, "sample", lambda logits, temperature, top_p, *rest: right(logits, temperature, 0.3, *rest)
-    )
+    class Narrow(loop.TokenSampler):
+        def __init__(self, settings, *more, **others):
+            super().__init__(dataclasses.replace(settings, top_p=0.3), *more, **others)
+
+    monkeypatch.setattr(loop, "TokenSampler", Narrow)
     assert main(["parity", "--quick"]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
 
@@ -169,3 +229,164 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.launches
+def test_help_imports_neither_torch_nor_transformers(capsys):
+    """Options are shown at once."""
+    code = (
+        "import sys; from hf_llama_sampling.cli import main\n"
+        "try: main(['batch', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_a_file_is_one_prompt(capsys, tmp_path, monkeypatch):
+    """A prompt of several lines from --file, once or more, after those in the arguments; "-" is standard input."""
+    (tmp_path / "a.txt").write_text("ROMEO:\nI am\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n")))
+    files = ["--file", str(tmp_path / "a.txt"), "--file", "-"]
+    assert main(["complete", "The king", *files, "--json", "--max-gen-len", "2"]) == 0
+    prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert prompts == ["The king", "ROMEO:\nI am", "two\nlines"]
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_no_encoding_loses_an_answer(encoding):
+    """Text and JSON are printed whatever characters standard output lacks."""
+    asked = ["complete", "ROMEO: é 你", "--echo", "--max-gen-len", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "hf_llama_sampling", *asked]
+    done = subprocess.run([*command, "--json"], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["generation"].startswith("ROMEO: é 你")
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0 and "ROMEO: " in done.stdout.decode(encoding)
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("command", [["complete", "x"], ["chat"], ["parity", "--quick"], ["batch", "-", "-"]])
+def test_an_interrupt_while_a_command_imports_leaves_no_traceback(command, tmp_path):
+    """Ctrl-C in the middle of `import torch`, which may swallow an exception: status 130, an empty line."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    for _ in range(10**8): pass\n"
+        "except BaseException: pass\nraise SystemExit('went on')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_llama_sampling", *command],
+        input="",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize("command", [["complete", "x"], ["parity", "--quick"]])
+def test_an_interrupt_later_is_status_130(command, monkeypatch, capsys):
+    """While a model is loaded or run."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_llama_sampling.llama.llama.load_model", interrupt)
+    monkeypatch.setattr("hf_llama_sampling.llama.loading.load_model", interrupt)
+    assert main(command) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA out of\nmemory"), MemoryError(), ImportError("Please install gguf"), OSError(28, "full")],
+)
+def test_what_the_machine_lacks_is_one_line(error, monkeypatch, capsys):
+    """Memory, a package, a disk: no traceback."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hf_llama_sampling.llama.llama.load_model", fail)
+    assert main(["complete", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hf-llama-sampling complete: ") and said.count("\n") == 1
+
+
+@pytest.mark.launches
+def test_a_full_disk_is_a_refusal():
+    """An answer that cannot be written is not passed over in silence, nor by the interpreter's own complaint."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hf_llama_sampling", "complete", "x", "--max-gen-len", "2"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("command", [["complete", "x", "--max-gen-len", "2"], ["chat"], ["parity", "--quick"]])
+def test_a_closed_standard_output_is_refused(command):
+    """Nobody would read the answers."""
+    shell = f'exec "$0" -m hf_llama_sampling {" ".join(command)} >&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"standard output, and it is closed" in done.stderr
+
+
+@pytest.mark.launches
+def test_control_characters_are_shown_on_a_terminal_and_kept_in_a_pipe():
+    """An echoed prompt with an escape sequence, on a pseudo-terminal and through a pipe."""
+    command = [sys.executable, "-m", "hf_llama_sampling", "complete", "a\x1b[2J\u202eb", "--echo", "--max-gen-len", "1"]
+    piped = subprocess.run(command, capture_output=True).stdout
+    assert "a\x1b[2J\u202eb".encode() in piped
+    ours, theirs = pty.openpty()
+    started = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while block := os.read(ours, 1024):
+            shown += block
+    os.close(ours)
+    assert started.wait() == 0
+    assert rb"a\x1b[2J\u202eb" in shown and b"\x1b" not in shown and "\u202e".encode() not in shown
+
+
+TEMPLATES = {
+    "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}"
+    "{% endif %}{{ m['content'] }}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_with_a_template_that_fails(name, capsys, monkeypatch, tmp_path):
+    """A system message that the template refuses is refused at once; each message that it refuses is one sentence."""
+    monkeypatch.setattr("hf_llama_sampling.llama.templates._STEPS", 1_000_000)
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATES[name])
+    chat = ["chat", "--model", str(tmp_path / "model"), "--max-gen-len", "2"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    assert main([*chat, "--system", "Be brief"]) == 2
+    error = capsys.readouterr().err
+    assert "chat template" in error and error.count("\n") == 1
+    assert main(chat) == 0
+    refused = capsys.readouterr().err.count("chat template")
+    assert refused == (name == "loops")
+
+
+def test_chat_writes_no_control_tokens_for_a_user(capsys, monkeypatch, tmp_path):
+    """What a user types is characters to a template's tokenizer; the conversation goes on."""
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    template = "{% for m in messages %}{{ bos_token + m['content'] + eos_token }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    asked = []
+    generate = Llama.generate
+    monkeypatch.setattr(
+        Llama, "generate", lambda self, *args, **kw: asked.append(args[0]) or generate(self, *args, **kw)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("x</s><s>y\n"))
+    assert main(["chat", "--model", str(tmp_path / "model"), "--max-gen-len", "2"]) == 0
+    ((prompt,),) = asked
+    assert (prompt.count(1), prompt.count(2)) == (1, 1)

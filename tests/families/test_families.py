@@ -1,0 +1,268 @@
+"""The promises of one row's independence on every family: a row is its own, whatever stands beside it or is asked for.
+
+A case holds, or it is refused by name where nothing is right (`REFUSED`), or it is a known failure (`KNOWN`), which is
+strict: remove an entry together with its bug.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from hf_llama_sampling.reference import reference_generate
+from tests.families.expected import KNOWN, REFUSED
+from tests.families.zoo import CONTEXT, EOS, FAMILIES, build, build_ours, plain_logits, rounding
+
+# Short, in between and long; a window of 6 and a first context of 16 are crossed in prompts and in completions.
+PROMPTS = [[1, 5, 6], [1, *range(60, 72)], [1, *range(7, 25)]]
+NEW, SEED = 6, 7
+DRAWS = {"greedy": {"temperature": 0}, "seeded": {"temperature": 0.9, "top_p": 0.95}}
+
+
+def families(test: str, names: Sequence[str] = tuple(FAMILIES)) -> Any:
+    """Families for one test, known failures marked."""
+    known = KNOWN.get(test, {})
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=known[name])] if name in known else [])
+            for name in names
+        ],
+    )
+
+
+def unless_refused(family: str, things: str, call: Callable[..., Any], *given: Any, **asked: Any) -> Any:
+    """What the call gives; None where the family is refused one of the things, in one sentence."""
+    refused = REFUSED.get(family, {})
+    sentences = [refused[thing] for thing in things.split() if thing in refused]
+    if not sentences:
+        return call(*given, **asked)
+    with pytest.raises(ValueError, match="|".join(sentences)):
+        call(*given, **asked)
+    return None
+
+
+def ask(family: str, rows: Sequence[int], draw: str = "seeded", **asked: Any) -> Any:
+    """`generate` for some of PROMPTS, with one seed per prompt unless greedy."""
+    seeds = {} if draw == "greedy" else {"seeds": [SEED + row for row in rows]}
+    defaults = {"max_gen_len": NEW, "max_seq_len": CONTEXT, "return_dict_in_generate": True}
+    model = asked.pop("model", None) or build_ours(family)
+    return model.generate([PROMPTS[row] for row in rows], **defaults | DRAWS[draw] | seeds | asked)
+
+
+@functools.cache
+def alone(family: str, row: int, draw: str = "seeded") -> list[int]:
+    """The completion of one prompt by itself, its EOS not included."""
+    return ask(family, [row], draw).tokens[0]
+
+
+def close(family: str, tokens: Sequence[int], found: Sequence[float], expected: Sequence[float]) -> None:
+    """Logprobs of the same text, computed in two ways."""
+    assert len(found) == len(expected) == len(tokens)
+    if not tokens:
+        return
+    apart = max((abs(a - b) for a, b in zip(found, expected, strict=True)))
+    assert apart <= rounding(build(family), tokens)
+
+
+@functools.cache
+def own_run(family: str, row: int, **asked: Any) -> tuple[list[int], list[float]]:
+    """Prompt and greedy completion, cut before EOS, and their logprobs, by transformers alone on a fresh model."""
+    prompt = PROMPTS[row]
+    model = copy.deepcopy(build(family))
+    out = model.generate(
+        torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=NEW,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **asked,
+    )
+    made = out.sequences[0, len(prompt) :].tolist()
+    made = made[: made.index(EOS)] if EOS in made else made
+    steps = [float(torch.log_softmax(logits[0].float(), -1)[token]) for logits, token in zip(out.logits, made)]  # noqa: B905
+    return prompt + made, forward_logprobs(family, prompt) + steps
+
+
+def forward_logprobs(family: str, tokens: Sequence[int]) -> list[float]:
+    """One plain forward: each token's logprob given those before it, 0.0 for the first."""
+    table = torch.log_softmax(plain_logits(build(family), tokens), dim=-1)
+    return [0.0] + [float(table[place, token]) for place, token in enumerate(tokens[1:])]
+
+
+class Collector(BaseStreamer):
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Prompts first, then one id per row and step."""
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@families("greedy_is_transformers_own")
+def test_greedy_is_transformers_own(family):
+    """A greedy row alone is what transformers' own greedy `generate` makes of it on a model fresh from its config."""
+    for prompt in PROMPTS:
+        prompt = torch.tensor([prompt])
+        own = copy.deepcopy(build(family)).generate(prompt, do_sample=False, max_new_tokens=NEW)
+        ours = build_ours(family).generate(prompt, temperature=0, max_gen_len=NEW, max_seq_len=CONTEXT)
+        assert ours.tolist() == own.tolist()
+
+
+@families("a_row_is_what_it_is_alone")
+def test_a_row_is_what_it_is_alone(family):
+    """Short, in between and long prompts in one batch give each one's own tokens, in every schedule."""
+    for draw in DRAWS:
+        expected = [alone(family, row, draw) for row in range(3)]
+        for schedule in ("reference", "padded", "auto"):
+            out = unless_refused(family, schedule, ask, family, range(3), draw, schedule=schedule)
+            assert out is None or out.tokens == expected, (schedule, draw)
+
+
+@families("a_batch_of_one_length")
+def test_a_batch_of_one_length(family):
+    """Prompts of one length need no padding, and give each one's own tokens."""
+    prompts = [PROMPTS[1], PROMPTS[1][::-1], PROMPTS[1]]
+    settings = {"max_gen_len": [NEW, NEW, 3], "max_seq_len": CONTEXT, "temperature": 0}
+    out = build_ours(family).generate(prompts, **settings)
+    for row, prompt in enumerate(prompts):
+        limit = settings["max_gen_len"][row]
+        assert out.tokens[row] == build_ours(family).generate([prompt], **settings | {"max_gen_len": limit}).tokens[0]
+
+
+@families("copies_and_limits_per_row")
+def test_copies_and_limits_per_row(family):
+    """Two copies of each prompt under limits of 6, 2 and 4: the first copy is the prompt alone, as far as it goes."""
+    limits = [6, 2, 4]
+    for schedule in ("reference", "padded"):
+        asked = {"schedule": schedule, "max_gen_len": limits, "num_return_sequences": 2}
+        out = unless_refused(family, schedule, ask, family, range(3), **asked)
+        if out is not None:
+            assert out.tokens[::2] == [alone(family, row)[:limit] for row, limit in enumerate(limits)], schedule
+
+
+@families("scores_are_those_of_a_forward")
+def test_scores_are_those_of_a_forward(family):
+    """`score_tokens` of a ragged batch: log_softmax of one plain forward per row."""
+    out = unless_refused(family, "scores", build_ours(family).score_tokens, PROMPTS)
+    if out is not None:
+        for tokens, logprobs in zip(PROMPTS, out.logprobs, strict=True):
+            close(family, tokens, logprobs, forward_logprobs(family, tokens))
+
+
+@families("logprobs_are_those_of_the_models_own_run")
+def test_logprobs_are_those_of_the_models_own_run(family):
+    """Echoed logprobs are a plain forward's, generated ones transformers' own greedy run's, alone or in a batch."""
+    for schedule, rows in (("auto", [0]), ("auto", [1]), ("auto", [2]), ("reference", range(3)), ("padded", range(3))):
+        thing = f"echo {schedule}" if len(rows) > 1 else "echo"
+        asked = {"schedule": schedule, "echo": True, "logprobs": True}
+        out = unless_refused(family, thing, ask, family, rows, "greedy", **asked)
+        for place, row in enumerate(rows if out else []):
+            tokens, logprobs = own_run(family, row)
+            assert out.tokens[place] == tokens, (schedule, rows)
+            close(family, tokens, out.logprobs[place], logprobs)
+
+
+@families("chunks_score_as_a_whole")
+def test_chunks_score_as_a_whole(family):
+    """Column by column (`chunk_bytes=1`), scores are those of one chunk."""
+    pieces = unless_refused(family, "chunks", build_ours(family).score_tokens, PROMPTS, chunk_bytes=1)
+    if pieces is not None:
+        whole = build_ours(family).score_tokens(PROMPTS)
+        for row, tokens in enumerate(PROMPTS):
+            close(family, tokens, pieces.logprobs[row], whole.logprobs[row])
+
+
+@families("chunks_generate_as_a_whole")
+def test_chunks_generate_as_a_whole(family):
+    """With echo, logprobs and the prompts read column by column, tokens and logprobs stay."""
+    for schedule in ("reference", "padded"):
+        asked = {"schedule": schedule, "echo": True, "logprobs": True, "chunk_bytes": 1}
+        out = unless_refused(family, f"{schedule} chunks", ask, family, range(3), "greedy", **asked)
+        for row in range(3 if out else 0):
+            tokens, logprobs = own_run(family, row)
+            assert out.tokens[row] == tokens, schedule
+            close(family, tokens, out.logprobs[row], logprobs)
+
+
+@families("a_call_leaves_no_state")
+def test_a_call_leaves_no_state(family):
+    """After a ragged batch, after a long prompt, and after scoring, a short prompt is answered and scored as before."""
+    tokens, logprobs = own_run(family, 0)
+    model = build_ours(family)
+    for before in (range(3), [2]):
+        ask(family, before, "greedy", model=model)
+        asked = {"model": model, "echo": True, "logprobs": True}
+        out = unless_refused(family, "echo", ask, family, [0], "greedy", **asked)
+        if out is not None:
+            assert out.tokens[0] == tokens
+            close(family, tokens, out.logprobs[0], logprobs)
+
+
+MORE: dict[str, Callable[[], dict[str, Any]]] = {
+    "logprobs": lambda: {"logprobs": True},
+    "top_logprobs": lambda: {"top_logprobs": 3},
+    "hidden_states": lambda: {"output_hidden_states": True},
+    "attentions": lambda: {"output_attentions": True},
+    "logits": lambda: {"output_logits": True},
+    "streamer": lambda: {"streamer": Collector()},
+}
+
+
+@families("asking_for_more_changes_no_token")
+def test_asking_for_more_changes_no_token(family):
+    """Of logprobs, hidden states, attentions, logits and a streamer no token depends."""
+    for name, more in MORE.items():
+        out = unless_refused(family, name, ask, family, [1], **more())
+        assert out is None or out.tokens == [alone(family, 1)], name
+
+
+@families("without_a_cache")
+def test_without_a_cache(family):
+    """`use_cache=False` gives what transformers' own greedy `generate` gives without one."""
+    tokens, _ = own_run(family, 1, use_cache=False)
+    assert ask(family, [1], "greedy", use_cache=False, echo=True).tokens == [tokens]
+
+
+def shapes(value: Any) -> Any:
+    """The nested shapes of an extra output; caches count as present."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return [shapes(item) for item in value] if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+@families("extras_do_not_depend_on_echo", ["llama", "gpt2", "gemma2", "bamba", "mamba", "qwen2_vl", "chameleon"])
+def test_extras_do_not_depend_on_echo(family):
+    """Hidden states, attentions, logits and caches come in one form, with and without echo and logprobs."""
+    wanted = {"output_hidden_states": True, "output_attentions": family != "mamba", "output_logits": True}
+    plain = ask(family, [1], **wanted)
+    echoed = ask(family, [1], **wanted, echo=True, logprobs=True)
+    names = ("logits", "attentions", "hidden_states", "past_key_values")
+    assert {name: shapes(plain.get(name)) for name in names} == {name: shapes(echoed.get(name)) for name in names}
+
+
+# Models that the plain loop cannot run: no cache by position, none without `generate`, one that `generate` drops.
+NOT_IN_THE_PLAIN_LOOP = """bamba bert_not_causal falcon_mamba llama_dynamic mamba mamba2 openai-gpt phi3_longrope
+recurrent_gemma rwkv xlm xlnet xlstm""".split()  # noqa: SIM905
+
+
+@families("metas_stream_is_the_reference_loops", [name for name in FAMILIES if name not in NOT_IN_THE_PLAIN_LOOP])
+def test_metas_stream_is_the_reference_loops(family):
+    """Prompts of one length on Meta's stream: the plain loop's tokens and logprobs."""
+    prompts = [PROMPTS[1], PROMPTS[1][::-1]]
+    settings = {"max_gen_len": NEW, "temperature": 0.9, "top_p": 0.95, "logprobs": True, "max_seq_len": CONTEXT}
+    stream = torch.Generator().manual_seed(SEED)
+    tokens, logprobs = reference_generate(build(family), prompts, eos_ids=[EOS], generator=stream, **settings)
+    out = build_ours(family).generate(prompts, generator=torch.Generator().manual_seed(SEED), **settings)
+    assert out.tokens == tokens
+    for row in range(2):
+        close(family, tokens[row], out.logprobs[row], logprobs[row])

@@ -111,6 +111,10 @@ class OutOfMemoryBackoff:
         """The responses, or why there are none."""
         try:
             return self.run(batch)
+        except IndexError as error:  # an embedding's: of positions, as GPT-2 has them
+            if "out of range" not in str(error):
+                raise
+            return "the model has no position for the last tokens of this record: shorten it, or lower max_gen_len"
         except (RuntimeError, MemoryError, ValueError) as error:
             if is_out_of_memory(error):
                 if len(batch) > 1:

@@ -4,30 +4,27 @@ transformers runs it: caches, masks, streamers, other processors, quantization a
 module does not do: it lays out no prompt (see `plan`) and cuts no answer (see `rows`, `trimming`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import (
-    ExponentialDecayLengthPenalty,
-    GenerateDecoderOnlyOutput,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from ..checks import nonfinite
+from ..sampling import fast_path
 from ..sampling.rule import Draw
 from ..sampling.sampler import Stream, TokenSampler, one_hot
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
+from .edits import CallersCriteria, LogitEdits
 from .options import FOR_THE_LOOP, Call
 from .plan import Plan
-from .scoring import PromptScores, TokenScores, prefill_scores, score
+from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
 
 NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
-_HANDED_ON = ("prefix_allowed_tokens_fn", "synced_gpus", "streamer")
+_HANDED_ON = ("synced_gpus", "streamer")
 _EXTRAS = ("logits", "attentions", "hidden_states", "past_key_values")
 
 
@@ -53,8 +50,8 @@ class LoopState:
 class SamplingProcessor(LogitsProcessor):
     """Draw every row's token, force the prompts' own, record; answer with one-hot rows."""
 
-    def __init__(self, plan: Plan, state: LoopState, stream: Stream) -> None:
-        self.plan, self.state = plan, state
+    def __init__(self, plan: Plan, state: LoopState, stream: Stream, edits: LogitEdits) -> None:
+        self.plan, self.state, self.edits = plan, state, edits
         self.sampler = TokenSampler(plan.sampling, stream, rows=len(plan.prompts), device=plan.device)
         self.forced = plan.forced()
 
@@ -62,6 +59,8 @@ class SamplingProcessor(LogitsProcessor):
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V)."""
         plan, state, column = self.plan, self.state, input_ids.shape[1]
         logits = scores.float()
+        if self.edits:
+            logits = self.edits(input_ids, logits, state.done)
         draw = self.sampler(logits, column, with_mass=plan.wants_scores)
         self._note_nonfinite(logits, draw, column)
         tokens, given = draw.tokens, None
@@ -78,30 +77,52 @@ class SamplingProcessor(LogitsProcessor):
         return one_hot(tokens, logits)
 
     def _note_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
-        """Keep the first column in which a row's logits hold nan or inf; beyond its limit they mean nothing."""
-        state = self.state
+        """Note the first column in which a row's logits hold nan or inf; beyond a row's limit they mean nothing.
+
+        On CPU a look is free, so the run ends here. Elsewhere it would make the host wait: the criterion ends the run
+        where the loop looks by itself, and `rows` raises the error.
+        """
+        plan, state = self.plan, self.state
         # nan and +inf show in the softmax. Processors may set -inf on purpose; a model's own logits are finite.
-        probe = draw.softmax_probs if self.plan.edited else draw.softmax_probs + logits.amin(-1)
-        bad = ~torch.isfinite(probe) & ~state.done & (column < self.plan.ends)
+        probe = draw.softmax_probs if self.edits else draw.softmax_probs + logits.amin(-1)
+        on_cpu = fast_path.on_cpu(probe)
+        if on_cpu and all(map(math.isfinite, probe.tolist())):
+            return
+        bad = ~torch.isfinite(probe) & ~state.done & (column < plan.ends)
+        if on_cpu and bad.any():
+            row = int(bad.nonzero()[0])
+            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
         state.first_bad = torch.where(bad, state.first_bad.clamp(max=column), state.first_bad)
 
 
 class RowStoppingCriteria(StoppingCriteria):
     """End a row when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
 
-    def __init__(self, plan: Plan, state: LoopState, others: StoppingCriteriaList) -> None:
+    def __init__(self, plan: Plan, state: LoopState, others: CallersCriteria) -> None:
         self.plan, self.state, self.others = plan, state, others
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: (B, T). Returns (B,) bool."""
         plan, state, width = self.plan, self.state, input_ids.shape[1]
         running = ~state.done & (plan.begins < width)
-        eos = running & torch.isin(input_ids[:, -1], plan.eos)
-        met = running & self.others(input_ids, scores, **kwargs).to(plan.device) if self.others else eos
-        state.stopped = torch.where(eos | met, width, state.stopped)
-        state.by_criterion |= met & ~eos & (width <= plan.ends)
-        state.done = state.done | eos | met | (plan.ends <= width if plan.limits_end_rows else False)
-        return state.done
+        ended = eos = running & torch.isin(input_ids[:, -1], plan.eos)
+        if self.others:
+            counts = running & (width <= plan.ends)
+            met = counts & self.others(input_ids, counts, scores, **kwargs)
+            state.by_criterion |= met & ~eos
+            ended = eos | met
+        state.stopped = torch.where(ended, width, state.stopped)
+        state.done = state.done | ended | (plan.ends <= width if plan.limits_end_rows else False)
+        if fast_path.on_cpu(state.done):
+            return state.done
+        return state.done | (state.first_bad < NEVER).any()
+
+
+class PromptScores(NamedTuple):
+    """The scores of a batch's prompts, in one of two forms; both are None where none were asked for."""
+
+    columns: TokenScores | None = None  # of columns 1 to start - 1, as the plan lays them out
+    rows: list[RowScores] | None = None  # of each whole prompt
 
 
 @dataclass
@@ -115,47 +136,87 @@ class Finished:
 
 
 def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
-    """Prefill where prompts are scored, let transformers' loop generate the rest, leave the generator as it should be.
+    """Let transformers' loop run a plan, with the prompts' scores where the answer echoes them.
 
     Args:
         model: a decoder-only causal language model.
-        generate: transformers' own `generate`, of that model with an empty generation config.
+        generate: transformers' own `generate` of that model, which takes an `observer`.
         plan: what to do.
         call: the keywords that go to the loop and to the model.
 
     Raises:
-        ValueError: a cache in the call does not fit the prompts, or the prompts' logits hold nan or inf.
+        ValueError: a cache in the call does not fit the prompts, or logits hold nan or inf.
     """
     _check_cache(plan, call)
+    if not plan.steps:
+        return _without_steps(model, generate, plan, call)
     ids, mask = plan.layout()
-    prompt_scores, cache = prefill_scores(model, plan, call, ids, mask)
     state, stream = LoopState.before(plan), random_stream(plan)
-    if plan.steps:
-        arguments = _loop_arguments(plan, call, state, stream)
-        output = generate(ids, attention_mask=mask, **arguments, **cache)
-    else:
-        output = GenerateDecoderOnlyOutput(sequences=ids)
-        stream_prompts(ids, call)
+    scorer, prompt_rows = None, None
+    if plan.echo and plan.wants_scores:
+        if call.to_model.get("past_key_values") is not None:  # the loop does not forward what a cache holds
+            prompt_rows = _score_prompts(model, generate, plan, call)
+        elif plan.start > 1:
+            scorer = _prompt_scorer(model, generate, plan, call, ids)
+    arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
+    output = generate(ids, attention_mask=mask, observer=scorer, **arguments)
     leave_generator(plan, state, stream)
     # Attentions of a ragged batch in the reference schedule do not line up with rows, so omit them.
     lines_up = plan.padded or not plan.ragged
     extras = {name: output[name] for name in _EXTRAS if lines_up and output.get(name) is not None}
-    return Finished(state, output.sequences, prompt_scores, extras)
+    columns = None if scorer is None else scorer.scores(plan.offsets)
+    return Finished(state, output.sequences, PromptScores(columns, prompt_rows), extras)
 
 
-def _loop_arguments(plan: Plan, call: Call, state: LoopState, stream: Stream) -> dict[str, Any]:
+def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
+    """A run with nothing to generate: prompts, and their scores where the answer echoes them."""
+    ids, _ = plan.layout()
+    state = LoopState.before(plan)
+    rows = _score_prompts(model, generate, plan, call) if plan.echo and plan.wants_scores else None
+    stream_prompts(ids, call)
+    leave_generator(plan, state, random_stream(plan))
+    return Finished(state, ids, PromptScores(rows=rows), {})
+
+
+def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> list[RowScores]:
+    """The scores of whole prompts, in a run of their own."""
+    others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
+    return score_prompts(
+        model, generate, plan.prompts, top=plan.top_logprobs, chunk_bytes=plan.chunk_bytes, model_kwargs=others
+    )
+
+
+def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: Call, ids: Tensor) -> PromptScorer:
+    """A scorer of the prompts' columns, in chunks where their logits do not fit the budget."""
+    asked = call.options
+    # A caller who keeps the attentions or the hidden states of all columns has them of one forward.
+    whole = asked.get("output_attentions") or asked.get("output_hidden_states")
+    chunk = None if whole else chunk_of(model, generate, ids, plan.chunk_bytes)
+    sizes = [size for size in (chunk, asked.get("prefill_chunk_size")) if size]
+    return PromptScorer(
+        type(model).__name__,
+        ids[:, 1:],
+        columns=plan.start,
+        chunk=min(sizes, default=None),
+        top=plan.top_logprobs,
+        chunk_bytes=plan.chunk_bytes,
+    )
+
+
+def _loop_arguments(
+    model: Any, plan: Plan, call: Call, run: tuple[LoopState, Stream], scorer: PromptScorer | None
+) -> dict[str, Any]:
     """The keywords of transformers' `generate` that make it run this plan."""
-    processors = [
-        *eos_processors(plan, call),
-        *(call.to_loop.get("logits_processor") or []),
-        SamplingProcessor(plan, state, stream),
-    ]
+    state, stream = run
+    config = loop_config(plan, call)
+    if scorer is not None and scorer.chunk < scorer.columns:
+        config.prefill_chunk_size = scorer.chunk
     return {
-        "generation_config": loop_config(plan, call),
-        "logits_processor": processors,
-        "stopping_criteria": [RowStoppingCriteria(plan, state, callers_criteria(call))],
+        "generation_config": config,
+        "logits_processor": [SamplingProcessor(plan, state, stream, LogitEdits(model, plan, call))],
+        "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call))],
         **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
-        **{name: value for name, value in call.to_model.items() if name != "past_key_values"},
+        **call.to_model,
     }
 
 
@@ -186,32 +247,6 @@ def loop_config(plan: Plan, call: Call) -> GenerationConfig:
     """The config of transformers' loop: greedy, so many steps, no EOS (it would fire on one in a forced prompt)."""
     options = {name: value for name, value in call.options.items() if name in FOR_THE_LOOP and value is not None}
     return GenerationConfig(do_sample=False, max_new_tokens=plan.steps, return_dict_in_generate=True, **options)
-
-
-def eos_processors(plan: Plan, call: Call) -> list[LogitsProcessor]:
-    """transformers' own processors that need the EOS ids, which the loop is not told."""
-    processors: list[LogitsProcessor] = []
-    options, device, eos = call.options, str(plan.device), list(plan.eos_ids)
-    if not eos:
-        return processors
-    if options.get("min_length"):
-        processors.append(MinLengthLogitsProcessor(options["min_length"], eos, device=device))
-    if options.get("min_new_tokens"):
-        processors.append(MinNewTokensLengthLogitsProcessor(plan.start, options["min_new_tokens"], eos, device=device))
-    if options.get("exponential_decay_length_penalty"):
-        penalty = options["exponential_decay_length_penalty"]
-        processors.append(ExponentialDecayLengthPenalty(penalty, eos, plan.start))
-    return processors
-
-
-def callers_criteria(call: Call) -> StoppingCriteriaList:
-    """The caller's stopping criteria, stop strings among them."""
-    listed = list(call.to_loop.get("stopping_criteria") or [])
-    if call.options.get("stop_strings"):
-        if call.to_loop.get("tokenizer") is None:
-            raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
-        listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
-    return StoppingCriteriaList(listed)
 
 
 def random_stream(plan: Plan) -> Stream:

@@ -26,6 +26,7 @@ from .rows import collect_rows, unshifted_rows
 from .schedule import Schedule
 from .scoring import CHUNK_BYTES
 from .trimming import Compat
+from .view import Observer, loop_view
 from .walk import CACHE_BYTES, score_rows
 
 
@@ -126,11 +127,12 @@ class LlamaGenerationMixin(GenerationMixin):
         plan = make_plan(self, prompts, call, request)
 
         # 3. Run: prefill and generate, and make rows out of columns.
+        loop = _transformers_generate(self)
         if plan.scores_unshifted:
-            rows, extras = unshifted_rows(self, plan, call.to_model), {}
+            rows, extras = unshifted_rows(self, loop, plan, call.to_model), {}
             stream_prompts(plan.layout()[0], call)
         else:
-            run = run_loop(self, _transformers_generate(self), plan, call)
+            run = run_loop(self, loop, plan, call)
             rows, extras = collect_rows(plan, run.state, run.sequences, run.prompt_scores), run.extras
 
         # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
@@ -238,13 +240,11 @@ class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
 
 
 def _transformers_generate(model: Any) -> Callable[..., Any]:
-    """transformers' own `generate` on a view of the model that shares its weights.
+    """transformers' own `generate`, on a view of the model, between which and the loop an `observer` may stand."""
 
-    The view's fresh generation config keeps the checkpoint's settings out of the loop.
-    """
-    view = copy.copy(model)
-    view.generation_config = GenerationConfig()
-    generate: Callable[..., Any] = super(LlamaGenerationMixin, view).generate
+    def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
+        return super(LlamaGenerationMixin, loop_view(model, observer)).generate(*args, **kwargs)
+
     return generate
 
 
@@ -252,7 +252,8 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with `LlamaGenerationMixin`: a new object of a new class that shares all weights with `model`.
 
     Args:
-        model: any decoder-only causal language model of transformers. It is left as it is.
+        model: any decoder-only causal language model of transformers, compiled by `torch.compile` or not. It is left as
+            it is.
 
     Raises:
         ValueError: the model is an encoder-decoder.
@@ -261,10 +262,31 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
     """
     if isinstance(model, LlamaGenerationMixin):
         return model
+    if type(model).__name__ == "OptimizedModule":
+        return _compiled_twin(model)
     refuse_encoder_decoder(model)
     twin = copy.copy(model)
     model_class: Any = type(model)
     twin.__class__ = _with_mixin(model_class)
+    return twin
+
+
+def _compiled_twin(compiled: Any) -> Any:
+    """A twin of the model under `torch.compile(model)` whose forward is the compiled one.
+
+    The loop reads the signature of the forward and the model's own methods, which the compiled module hides.
+    """
+    original = compiled._orig_mod
+    twin = copy.copy(with_llama_generation(original))
+    for name, hooks in vars(original).items():
+        if name.startswith("_forward") and "hooks" in name:
+            setattr(twin, name, type(hooks)())  # the compiled call runs the original's
+
+    @functools.wraps(original.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    twin.forward = forward
     return twin
 
 

@@ -25,6 +25,24 @@ def context_of(model: Any) -> int | None:
     return None if length is None else int(length)
 
 
+def length_limit(model: Any) -> int | None:
+    """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
+    config = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One set of parameters, or one per kind of layer.
+    each = [given, *(value for value in given.values() if isinstance(value, dict))]
+    kinds = {parameters.get("rope_type", parameters.get("type")) for parameters in each}
+    if not kinds & {"dynamic", "longrope"}:
+        return None
+    named = [
+        parameters["original_max_position_embeddings"]
+        for parameters in each
+        if parameters.get("original_max_position_embeddings")
+    ]
+    fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return int(min(named, default=fallback))
+
+
 def device_of(model: Any) -> torch.device:
     """The device for token ids. accelerate runs an offloaded embedding on the first real device of its map."""
     if model.device.type != "meta":

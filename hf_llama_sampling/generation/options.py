@@ -18,10 +18,10 @@ from ..checks import PerRow, check_count, check_int, check_temperature, check_to
 from ..defaults import TEMPERATURE, TOP_P
 
 # Options of a generation config, by what becomes of them.
-# These edit logits and need the EOS ids, which transformers' loop is not told: their processors are made in `loop`.
+# These edit logits so as to keep a text from ending; where no id ends a text they do nothing.
 NEEDING_EOS = {"min_length", "min_new_tokens", "exponential_decay_length_penalty"}
-# These edit logits; transformers makes their processors.
-EDITING = {
+# These edit logits. Their processors are made in `edits`, since each must see a row's own text.
+EDITING = NEEDING_EOS | {
     "repetition_penalty",
     "encoder_repetition_penalty",
     "no_repeat_ngram_size",
@@ -49,21 +49,17 @@ NO_EDIT: dict[str, Any] = {
 # These say which cache to use; transformers then makes it.
 CACHING = {"cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"}
 # What transformers' loop is told.
-FOR_THE_LOOP = (
-    EDITING
-    | CACHING
-    | {
-        "use_cache",
-        "max_time",
-        "compile_config",
-        "disable_compile",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-    }
-)
+FOR_THE_LOOP = CACHING | {
+    "use_cache",
+    "max_time",
+    "compile_config",
+    "disable_compile",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+}
 # What `generate` itself reads.
-FOR_GENERATE = NEEDING_EOS | {
+FOR_GENERATE = EDITING | {
     "do_sample",
     "temperature",
     "top_p",
@@ -145,7 +141,7 @@ class Call:
         """The names of the options in force that edit logits, sorted."""
         return [
             name
-            for name in sorted(EDITING | NEEDING_EOS)
+            for name in sorted(EDITING)
             if self.options.get(name) is not None and not (name in NO_EDIT and self.options[name] == NO_EDIT[name])
         ]
 

@@ -47,6 +47,7 @@ class Plan:
     """
 
     prompts: list[list[int]]  # token ids of each row
+    row_ids: list[int]  # which row of the whole call each row is
     copies: list[int]  # which copy of its prompt a row is, from 0
     num_return_sequences: int  # copies of each prompt
     gen_lens: list[int]  # most new tokens of each row, as asked
@@ -62,7 +63,6 @@ class Plan:
     top_logprobs: int  # best tokens per position
     compat: Compat  # "meta" keeps the reference's quirks
     chunk_bytes: int  # memory for the logits of one chunk of prompt
-    edited: bool  # whether other processors change the logits before the draw
     vocab_size: int  # ids that the model can embed
     device: torch.device  # of token ids
     broadcast_tokens: Callable[[Tensor], Tensor] | None  # makes the ranks of a parallel model take the same tokens (B,)
@@ -184,15 +184,18 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     copies = check_int("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
     sampling = _sampling_settings(request, call, len(prompts), copies, device)
     max_seq_len, gen_lens, limits = _lengths(model, prompts, call, request)
-    editing = call.editing()
-    timed = ["max_time"] if options.get("max_time") is not None else []
     schedule = choose_schedule(
-        request.schedule, [len(prompt) for prompt in prompts], limits, context_of(model), [*editing, *timed]
+        request.schedule,
+        [len(prompt) for prompt in prompts],
+        limits,
+        context_of(model),
+        timed=options.get("max_time") is not None,
     )
     eos_ids = eos_ids_of(model, options)
     pad_id = pad_id_of(model, options, eos_ids)
     return Plan(
         prompts=repeat_interleave(prompts, copies),
+        row_ids=list(range(copies * len(prompts))),
         copies=list(range(copies)) * len(prompts),
         num_return_sequences=copies,
         gen_lens=repeat_interleave(gen_lens, copies),
@@ -209,7 +212,6 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         top_logprobs=top_logprobs,
         compat=request.compat,
         chunk_bytes=chunk_bytes,
-        edited=bool(editing or call.to_loop.get("logits_processor") or call.to_loop.get("prefix_allowed_tokens_fn")),
         vocab_size=vocab_size,
         device=device,
         broadcast_tokens=token_broadcast(model),

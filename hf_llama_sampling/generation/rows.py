@@ -3,6 +3,7 @@
 What this module does not do: it cuts nothing at an EOS; `trimming` does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,15 @@ import torch
 from torch import Tensor
 
 from ..checks import nonfinite
-from .loop import NEVER, LoopState
+from .loop import NEVER, LoopState, PromptScores
 from .plan import Plan
 from .scoring import (
-    PromptScores,
     RowScores,
     TokenScores,
     TopLogprobs,
     concatenate,
+    prefill_only,
     row_scores,
-    score_columns,
     unscored,
     unshifted_row_scores,
 )
@@ -72,7 +72,7 @@ def _refuse_nonfinite(plan: Plan, state: LoopState, width: int) -> None:
     """Name the first row whose logits held nan or inf in a column that was made."""
     for row, column in enumerate(state.first_bad.tolist()):
         if column < min(width, NEVER):
-            raise nonfinite(row, column - plan.offsets[row])
+            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
 
 
 def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, width: int) -> TokenScores:
@@ -93,16 +93,15 @@ def _with_prompt(prompt: RowScores, row: RowScores, length: int) -> RowScores:
     return RowScores(prompt.logprobs + row.logprobs[length:], prompt.top_logprobs + row.top_logprobs[length:])
 
 
-def unshifted_rows(model: Any, plan: Plan, model_kwargs: dict[str, Any]) -> Rows:
+def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_kwargs: dict[str, Any]) -> Rows:
     """The rows of a call with nothing to generate, as `compat="meta"` scores them.
 
     The reference then scores each token under the logits of its own column instead of the column before
     (facebookresearch/llama, ``llama/generation.py``, ``if min_prompt_len == total_len``).
     """
     ids, _ = plan.layout()
-    columns, _ = score_columns(
-        model, ids, ids, top=plan.top_logprobs, chunk_bytes=plan.chunk_bytes, model_kwargs=model_kwargs
-    )
+    scorer = prefill_only(model, generate, ids, ids, plan.top_logprobs, plan.chunk_bytes, model_kwargs)
+    columns = scorer.scores(plan.offsets)
     whole = slice(0, plan.start)
     scores = [unshifted_row_scores(columns, row, whole) for row in range(len(plan.prompts))]
     return Rows(

@@ -1,24 +1,24 @@
 """Raw log-probabilities of given tokens, in memory bounded by a byte budget.
 
-A chunk of columns is forwarded, its logits are reduced to the few numbers asked for, and the cache is handed on to the
-next chunk and, at the end, to whoever continues the text. No (B, T, V) tensor is built. Logprobs are of the float32
-logits, without temperature or nucleus (facebookresearch/llama, ``llama/generation.py``). What this module does not do:
-it samples nothing and trims nothing.
+transformers' loop prefills the prompts, in chunks where they do not fit the budget; each chunk's logits are reduced to
+the few numbers asked for, and the loop goes on from its own cache. No (B, T, V) tensor is built. Logprobs are of the
+float32 logits, without temperature or nucleus (facebookresearch/llama, ``llama/generation.py``). What this module does
+not do: it samples nothing and trims nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..checks import nonfinite
 from .inputs import right_padded
 from .model_info import device_of, vocab_size_of
-from .options import CACHING, Call
-from .plan import Plan
+from .probe import reads_in_chunks
 
 TopLogprobs = list[tuple[int, float]]
 """The best ids of one position with their raw logprobs, best first."""
@@ -52,13 +52,19 @@ def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
 
 
 def score_in_pieces(logits: Tensor, targets: Tensor, top: int, chunk_bytes: int) -> tuple[TokenScores, Tensor]:
-    """`score`, and the logits' sums (B, T) float32, with a part of the budget for what is made on the way."""
+    """`score`, and (B, T) whether logits hold nan or inf, with a part of the budget for what is made on the way."""
     batch, width, vocab_size = logits.shape
     rows = max(1, chunk_bytes // (4 * _PIECES * vocab_size))
     pieces = list(zip(torch.split(logits.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True))
     scores = concatenate([score(some[None], wanted[None], top) for some, wanted in pieces])
-    sums = torch.cat([some.sum(-1, dtype=torch.float32) for some, _ in pieces])
-    return TokenScores(*(column.view(batch, width, *column.shape[2:]) for column in scores)), sums.view(batch, width)
+    bad = torch.cat([nonfinite_rows(some) for some, _ in pieces])
+    return TokenScores(*(column.view(batch, width, *column.shape[2:]) for column in scores)), bad.view(batch, width)
+
+
+def nonfinite_rows(logits: Tensor) -> Tensor:
+    """(...,) whether logits (..., V) hold nan or inf. Their sum would not tell: finite ones may add up to infinity."""
+    least, most = torch.aminmax(logits, dim=-1)
+    return least * 0 != most * 0  # 0 times nan or inf is nan, which equals nothing
 
 
 @dataclass
@@ -67,13 +73,6 @@ class RowScores:
 
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
-
-
-class PromptScores(NamedTuple):
-    """The scores of a batch's prompts, in one of two forms; both are None where none were asked for."""
-
-    columns: TokenScores | None = None  # of columns 1 to start - 1, as the plan lays them out
-    rows: list[RowScores] | None = None  # of each whole prompt
 
 
 def row_scores(scores: TokenScores, row: int, span: slice) -> RowScores:
@@ -106,124 +105,144 @@ def bytes_for(batch: int, vocab_size: int, columns: int) -> int:
     return math.ceil(16 * batch * vocab_size * columns / 3)
 
 
-@torch.no_grad()
-def score_columns(
-    model: Any,
-    input_ids: Tensor,
-    targets: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    real: Tensor | None = None,
-    top: int = 0,
-    chunk_bytes: int = CHUNK_BYTES,
-    model_kwargs: dict[str, Any] | None = None,
-) -> tuple[TokenScores, Any]:
-    """Forward `input_ids` (B, T) in chunks; the scores of `targets` (B, T), each under the logits of its column.
+class PromptScorer:
+    """Scores the columns of prompts as transformers' loop prefills them.
+
+    It stands between the loop and the model's forward, so the model gets what the loop gives it, whatever wraps the
+    model: it only asks for the logits of all columns, reduces them, and hands the last column's on.
 
     Args:
-        attention_mask: (B, T), for left-padded rows; positions then count from each row's first real token.
-        real: (B, T), where the scores mean something; the mask if there is one, else everywhere.
+        name: of the model, for errors.
+        targets: (B, T), for each column of the prompts the token to score under its logits. The last column may have
+            none.
+        columns: columns of the prompts.
+        chunk: columns in one forward at most, or None for all at once.
         top: best tokens to report at each place.
         chunk_bytes: the memory budget of a chunk.
-        model_kwargs: further arguments of the model's `forward`.
-
-    Returns:
-        The scores, and the model's cache of all T columns (None if it has no such cache). Under padding the scores mean
-        nothing.
-
-    Raises:
-        ValueError: the text does not fit one chunk and the model's cache holds more than keys and values, or a logit is
-            nan or inf in a column that means something; row and position are named.
     """
-    batch, width = input_ids.shape
-    step = columns_per_chunk(batch, vocab_size_of(model), chunk_bytes)
-    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    parts, sums, cache = [], [], None
-    for start in range(0, width, step):
-        end = min(start + step, width)
-        inputs: dict[str, Any] = dict(model_kwargs or {})
-        if attention_mask is not None and positions is not None:
-            inputs |= {"attention_mask": attention_mask[:, :end], "position_ids": positions[:, start:end]}
-        output = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, return_dict=True, **inputs)
-        cache = getattr(output, "past_key_values", None)
-        if end < width and not _holds_only_keys_and_values(cache):
-            raise ValueError(_needs_one_chunk(model, batch, width))
-        logits = output.logits  # on the last device of a model that is spread over several
-        scores, of_all = score_in_pieces(logits, targets[:, start:end].to(logits.device), top, chunk_bytes)
-        parts.append(TokenScores(*(column.to(input_ids.device) for column in scores)))
-        sums.append(of_all.to(input_ids.device))
-        del output, logits
-    _refuse_nonfinite(torch.cat(sums, dim=1), attention_mask if real is None else real, positions)
-    return concatenate(parts), cache
 
+    def __init__(
+        self, name: str, targets: Tensor, *, columns: int, chunk: int | None, top: int, chunk_bytes: int
+    ) -> None:
+        self.name, self.targets, self.columns, self.chunk = name, targets, columns, chunk or columns
+        self.top, self.chunk_bytes = top, chunk_bytes
+        self.seen = 0  # columns prefilled so far
+        self.parts: list[TokenScores] = []
+        self.bad: list[Tensor] = []  # (B, n) each: whether a column's logits hold nan or inf
 
-def _refuse_nonfinite(sums: Tensor, real: Tensor | None, positions: Tensor | None) -> None:
-    """Name the first row and position whose logits hold nan or inf. sums: (B, T), finite only if every logit is."""
-    bad = ~torch.isfinite(sums) & (True if real is None else real != 0)
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise nonfinite(row, 1 + (column if positions is None else int(positions[row, column])))
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Forward, and score the columns of this forward if the prompts are not through."""
+        width = min(self.chunk, self.columns - self.seen)
+        if width <= 0:
+            return forward(*args, **kwargs)
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = width
+        output = forward(*args, **kwargs)
+        logits = output.logits  # (B, width or more, V), on the last device of a model that is spread over several
+        if logits.shape[1] < width:
+            raise ValueError(
+                f"logprobs of a prompt need the logits of all its positions, and {self.name} gives {logits.shape[1]} "
+                f"for {width}: leave out echo and logprobs, or take another model"
+            )
+        # Soft prompts stand before a text's own columns.
+        self._score(logits[:, -width:], self.targets[:, self.seen : self.seen + width])
+        self.seen += width
+        output.logits = logits[:, -1:].clone()
+        return output
 
+    def _score(self, logits: Tensor, targets: Tensor) -> None:
+        """Keep the scores of the targets (B, n) under the first n columns of the logits."""
+        if not targets.shape[1]:
+            return
+        logits = logits[:, : targets.shape[1]]
+        scores, bad = score_in_pieces(logits, targets.to(logits.device), self.top, self.chunk_bytes)
+        self.parts.append(TokenScores(*(column.to(targets.device) for column in scores)))
+        self.bad.append(bad.to(targets.device))
 
-def _needs_one_chunk(model: Any, batch: int, width: int) -> str:
-    """The refusal of several chunks, with the budget that one needs."""
-    enough = bytes_for(batch, vocab_size_of(model), width)
-    return (
-        f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has none: "
-        f"raise chunk_bytes, here to {enough}, so that one chunk holds it all"
-    )
+    def scores(self, offsets: Sequence[int], real: Tensor | None = None) -> TokenScores:
+        """The scores of all targets.
 
+        Args:
+            offsets: the column in which each row starts.
+            real: (B, T), where the scores mean something; if not given, from each row's first column on.
 
-def _holds_only_keys_and_values(cache: Any) -> bool:
-    """Recurrent states, of hybrid models too, go on by one token, not by a chunk (transformers 5.23)."""
-    layers = getattr(cache, "layers", None)
-    return layers is not None and len(layers) > 0 and not any(hasattr(layer, "recurrent_states") for layer in layers)
+        Raises:
+            ValueError: a logit is nan or inf in a column that means something; row and position are named.
+        """
+        bad = torch.cat(self.bad, dim=1)
+        first = torch.tensor(offsets, device=bad.device)[:, None]
+        columns = torch.arange(bad.shape[1], device=bad.device)
+        bad = bad & ((columns >= first) if real is None else real != 0)
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            raise nonfinite(row, 1 + column - offsets[row])
+        return concatenate(self.parts)
 
 
 def score_prompts(
-    model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int, model_kwargs: dict[str, Any] | None = None
+    model: Any,
+    generate: Callable[..., Any],
+    prompts: list[list[int]],
+    *,
+    top: int,
+    chunk_bytes: int,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> list[RowScores]:
-    """Scores of whole prompts, right-padded: padding after a token cannot change its score, so no mask is needed."""
+    """Scores of whole prompts, right-padded: padding after a token cannot change its score, so no mask is needed.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model, which takes an `observer`.
+        prompts: lists of ids.
+        top: best tokens to report at each position.
+        chunk_bytes: memory for the logits of one chunk of columns.
+        model_kwargs: further arguments of the model's `forward`.
+
+    Raises:
+        ValueError: logits with nan or inf; row and position are named.
+    """
     ids, mask = (tensor.to(device_of(model)) for tensor in right_padded(prompts))
-    parts = [unscored(len(prompts), 1, top, ids.device)]
+    columns = unscored(len(prompts), 1, top, ids.device)
     if ids.shape[1] > 1:
-        scores, _ = score_columns(
-            model,
-            ids[:, :-1],
-            ids[:, 1:],
-            real=mask[:, 1:],
-            top=top,
-            chunk_bytes=chunk_bytes,
-            model_kwargs=model_kwargs,
-        )
-        parts.append(scores)
-    columns = concatenate(parts)
+        scorer = prefill_only(model, generate, ids[:, :-1], ids[:, 1:], top, chunk_bytes, model_kwargs)
+        columns = concatenate([columns, scorer.scores([0] * len(prompts), mask[:, 1:])])
     return [row_scores(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]
 
 
-def prefill_scores(
-    model: Any, plan: Plan, call: Call, ids: Tensor, mask: Tensor
-) -> tuple[PromptScores, dict[str, Any]]:
-    """The scores of the prompts where the answer echoes them, and the arguments that hand the cache to the loop.
-
-    Args:
-        ids: (B, start), the prompts as the plan lays them out.
-        mask: (B, start).
-    """
-    own_cache = call.to_model.get("past_key_values")
-    cache = {} if own_cache is None else {"past_key_values": own_cache}
-    others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
-    if not (plan.echo and plan.wants_scores):
-        return PromptScores(), cache
-    asked: dict[str, Any] = {"top": plan.top_logprobs, "chunk_bytes": plan.chunk_bytes, "model_kwargs": others}
-    # The loop goes on from our cache unless the call says which cache to use.
-    other_cache = any(call.options.get(name) for name in CACHING) or call.options.get("use_cache") is False
-    forced_show_edited_logits = plan.edited and plan.start < plan.longest
-    if own_cache is not None or other_cache or forced_show_edited_logits:
-        return PromptScores(rows=score_prompts(model, plan.prompts, **asked)), cache
-    if plan.start == 1:
-        return PromptScores(), cache
-    columns, prefilled = score_columns(
-        model, ids[:, :-1], ids[:, 1:], attention_mask=mask[:, :-1] if plan.padded else None, **asked
+def prefill_only(
+    model: Any,
+    generate: Callable[..., Any],
+    input_ids: Tensor,
+    targets: Tensor,
+    top: int,
+    chunk_bytes: int,
+    model_kwargs: dict[str, Any] | None,
+) -> PromptScorer:
+    """Let transformers' loop prefill `input_ids` (B, T) for one token that nobody reads, and score `targets` (B, T)."""
+    chunk = chunk_of(model, generate, input_ids, chunk_bytes)
+    scorer = PromptScorer(
+        type(model).__name__, targets, columns=input_ids.shape[1], chunk=chunk, top=top, chunk_bytes=chunk_bytes
     )
-    return PromptScores(columns=columns), {} if prefilled is None else {"past_key_values": prefilled}
+    config = GenerationConfig(do_sample=False, max_new_tokens=1, prefill_chunk_size=chunk)
+    mask = torch.ones_like(input_ids)
+    generate(input_ids, attention_mask=mask, generation_config=config, observer=scorer, **(model_kwargs or {}))
+    return scorer
+
+
+def chunk_of(model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_bytes: int) -> int | None:
+    """Columns of one forward where prompts (B, T) do not fit the budget at once, else None.
+
+    Raises:
+        ValueError: the model cannot read a text in chunks.
+    """
+    batch, width = input_ids.shape
+    columns = columns_per_chunk(batch, vocab_size_of(model), chunk_bytes)
+    if columns >= width:
+        return None
+    if not reads_in_chunks(model, generate, width):
+        raise ValueError(
+            f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has "
+            f"none: raise chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}, so that one chunk "
+            "holds it all"
+        )
+    return columns

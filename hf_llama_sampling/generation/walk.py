@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..checks import nonfinite
 from .caches import bytes_per_column, can_be_shared, drop_last, repeat_rows, take_row, window_of
-from .model_info import device_of, vocab_size_of
+from .model_info import device_of, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
-from .scoring import RowScores, bytes_for, columns_per_chunk
+from .scoring import RowScores, bytes_for, columns_per_chunk, nonfinite_rows
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
@@ -87,24 +87,6 @@ def score_rows(
         model, texts, rows=range(len(texts)), top=top, greedy=False, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
     )
     return [RowScores([0.0, *text.logprobs()], [[], *text.top()] if top else []) for text in texts]
-
-
-def length_limit(model: Any) -> int | None:
-    """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
-    config = model.config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # One set of parameters, or one per kind of layer.
-    each = [given, *(value for value in given.values() if isinstance(value, dict))]
-    kinds = {parameters.get("rope_type", parameters.get("type")) for parameters in each}
-    if not kinds & {"dynamic", "longrope"}:
-        return None
-    named = [
-        parameters["original_max_position_embeddings"]
-        for parameters in each
-        if parameters.get("original_max_position_embeddings")
-    ]
-    fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    return int(min(named, default=fallback))
 
 
 class _NonFinite(Exception):
@@ -366,7 +348,7 @@ class _Walk:
             best.append(some.argmax(-1) if self.greedy else piece)
             top_ids.append(ids)
             top_logprobs.append(values - norm[:, None])
-            bad.append(~torch.isfinite(some.sum(-1)))
+            bad.append(nonfinite_rows(some))
         found = (chosen, *(torch.cat(parts) for parts in (norms, best, top_ids, top_logprobs, bad)))
         return tuple(part.cpu().numpy() for part in found)
 

@@ -11,6 +11,7 @@ not do: it knows nothing of probabilities.
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class Block:
         drawn = self.drawn[:, :ranks] if rows is None else self.drawn[:, :ranks][rows]
         return fast_path.exponential_of_words(drawn) if self.words else drawn
 
+    def of_row(self, row: int, ranks: int) -> Tensor:
+        """(ranks,): a copy of one row's first ranks."""
+        drawn = self.drawn[row, :ranks]
+        return fast_path.exponential_of_words(drawn) if self.words else drawn.clone()
+
 
 class MetaStream:
     """The reference's draws, one (B, V) block a step."""
@@ -90,7 +96,7 @@ class LookAhead:
     def __init__(self, lengths: Sequence[int], first_column: int, generator: torch.Generator | None) -> None:
         self.lags = [length - min(lengths) for length in lengths]
         self.first_column = first_column
-        self.given = generator
+        self.generator = generator
         self.block = Block()
         self.states: list[Tensor] = []  # before each block drawn so far
         self.kept: deque[Tensor] = deque()  # the last max(lags) + 1 blocks, (B, ranks) each
@@ -98,11 +104,9 @@ class LookAhead:
     def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """The noise of each row's own step, which the reference would come to `lag` steps later."""
         step, depth = column - self.first_column, max(self.lags) + 1
-        generator = self._generator(device)
         ranks = min(shape[1], max(LEAST_RANKS, LOOK_AHEAD_BYTES // (4 * shape[0] * depth)))
         while len(self.states) < step + depth:
-            self.states.append(generator.get_state())
-            self.block.draw(shape, device, generator)
+            self._draw(shape, device)
             self.kept.append(self.block.first(ranks).clone())
         while len(self.kept) > depth:
             self.kept.popleft()
@@ -112,48 +116,53 @@ class LookAhead:
             if tokens.shape[1] <= ranks:
                 return (mine if rows is None else mine[rows])[:, : tokens.shape[1]]
             which = list(range(len(self.lags))) if rows is None else rows.tolist()
-            return self._again(step, which, shape, device, generator, tokens.shape[1])
+            return self._again(step, which, shape, device, tokens.shape[1])
 
         return noise
 
-    def _again(
-        self,
-        step: int,
-        rows: list[int],
-        shape: Sequence[int],
-        device: torch.device,
-        generator: torch.Generator,
-        ranks: int,
-    ) -> Tensor:
+    def _draw(self, shape: Sequence[int], device: torch.device) -> None:
+        """Draw the next block, and keep the generator's state before it."""
+        self.states.append(self._state(device))
+        self.block.draw(shape, device, self.generator)
+
+    def _again(self, step: int, rows: list[int], shape: Sequence[int], device: torch.device, ranks: int) -> Tensor:
         """(R, ranks): the blocks of these rows' own steps, drawn again from the states before them."""
-        now = generator.get_state()
+        now = self._state(device)
         drawn: dict[int, Tensor] = {}
         for lag in sorted({self.lags[row] for row in rows}):
-            generator.set_state(self.states[step + lag])
-            self.block.draw(shape, device, generator)
-            mine = sorted({row for row in rows if self.lags[row] == lag})
-            drawn.update(zip(mine, self.block.first(ranks, torch.tensor(mine, device=device)), strict=True))
-        generator.set_state(now)
+            self._restore(self.states[step + lag], device)
+            self.block.draw(shape, device, self.generator)
+            drawn.update({row: self.block.of_row(row, ranks) for row in set(rows) if self.lags[row] == lag})
+        self._restore(now, device)
         return torch.stack([drawn[row] for row in rows])
 
     def leave_after(self, steps: int, shape: Sequence[int], device: torch.device) -> None:
         """Leave the generator as the reference would after so many steps."""
-        generator = self._generator(device)
-        for _ in range(steps - len(self.states)):
-            self.states.append(generator.get_state())
-            self.block.draw(shape, device, generator)
+        while len(self.states) < steps:
+            self._draw(shape, device)
         if steps < len(self.states):
-            generator.set_state(self.states[steps])
+            self._restore(self.states[steps], device)
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """The generator to save and restore: the caller's, or the device's global one."""
-        if self.given is not None:
-            return self.given
-        if device.type == "cpu":
-            return torch.default_generator
-        module = torch.get_device_module(device)
-        index = module.current_device() if device.index is None else device.index
-        return module.default_generators[index]  # type: ignore[no-any-return]
+    def _state(self, device: torch.device) -> Tensor:
+        """The state of the caller's generator, or of torch's global one on the device."""
+        if self.generator is not None:
+            return self.generator.get_state()
+        module, where = _random_module(device)
+        return module.get_rng_state(*where)  # type: ignore[no-any-return]
+
+    def _restore(self, state: Tensor, device: torch.device) -> None:
+        if self.generator is not None:
+            self.generator.set_state(state)
+            return
+        module, where = _random_module(device)
+        module.set_rng_state(state, *where)
+
+
+def _random_module(device: torch.device) -> tuple[Any, list[torch.device]]:
+    """The module whose `get_rng_state` and `set_rng_state` serve a device, and the argument that names the device."""
+    if device.type == "cpu":
+        return torch, []
+    return torch.get_device_module(device), [] if device.type == "mps" else [device]
 
 
 class PromptStreams:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from hf_llama_sampling import Llama, LlamaForCausalLM
 from tests.batch.helpers import ask_all, some_records
@@ -98,3 +99,19 @@ def test_a_gpu_that_is_too_small(tmp_path):
     assert sizes[0] == 400 and sizes[1] == 200
     same = sum(one["tokens"] == other["tokens"] for one, other in zip(found, expected, strict=True))
     assert same >= 390  # other hardware, other rounding
+
+
+def test_records_beyond_the_models_positions_cost_themselves_only(tiny_model, tmp_path):
+    """GPT-2 has an embedding per position: what reaches beyond becomes an error, the rest of its batch is answered."""
+    config = transformers.GPT2Config(vocab_size=1024, n_positions=32, n_embd=32, n_layer=1, n_head=2, eos_token_id=2)
+    config.bos_token_id = 1
+    llama = Llama(transformers.GPT2LMHeadModel(config).eval(), str(TINY))
+    records = [{"prompt_tokens": [5] * length, "max_gen_len": 6} for length in (8, 30, 32, 33, 60)]
+    for options in ({}, {"logprobs": True, "prompt_logprobs": True}, {"score": True}):
+        llama.max_seq_len = 32
+        within = ask_all(llama, tmp_path, records, name=f"within{len(options)}{'score' in options}", **options)
+        assert ["error" in answer for answer in within] == [False] * 3 + [True] * 2
+        llama.max_seq_len = 64  # more than the model has
+        beyond = ask_all(llama, tmp_path, records, name=f"beyond{len(options)}{'score' in options}", **options)
+        assert "error" not in beyond[0] and "error" in beyond[3] and "error" in beyond[4]
+        assert beyond[0].keys() == within[0].keys()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from hf_llama_sampling import Llama, batch
 from hf_llama_sampling.batch.engine import Engine
@@ -293,6 +294,21 @@ def test_fields_are_kept_on_request(llama, tmp_path):
     assert answers[0]["top_k"] == 5 and answers[0]["id"] is None and "error" not in answers[1]
     (answer,) = ask_all(llama, tmp_path, typed[1:], name="taken", keep_fields=True)
     assert "'tokens' is" in answer["error"]
+
+
+@pytest.mark.parametrize("bos", ["<s>", "</s>", None])
+def test_prompts_are_the_same_as_at_the_other_entrances(tiny_model, tmp_path, bos):
+    """With a BOS, with one that is the EOS too, with none; with control tokens spelled out: as `text_completion`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.bos_token = bos
+    llama = Llama(tiny_model, tokenizer)
+    texts = ["the king", "say </s> and <s>", "O"]
+    answers = ask_all(llama, tmp_path, [{"prompt": text} for text in texts], temperature=0.0, prompt_logprobs=True)
+    completions = llama.text_completion(texts, 0.0, max_gen_len=12, logprobs=True)
+    for text, answer, completion in zip(texts, answers, completions, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert answer["prompt_tokens"] == [tokenizer.bos_token_id] * (bos is not None) + ids
+        assert answer["generation"] == completion["generation"]
 
 
 def test_an_input_that_is_not_utf8_is_refused_as_a_whole(llama, tmp_path):

@@ -1,8 +1,13 @@
 """Whole runs: what answers are, what they depend on, and the command."""
 
+import filecmp
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 
 import pytest
@@ -12,7 +17,7 @@ from hf_llama_sampling.batch import Refused, runner
 from hf_llama_sampling.batch.engine import Engine
 from hf_llama_sampling.batch.requests import respond
 from hf_llama_sampling.llama.dialog import dialog_tokens
-from tests.batch.helpers import SETTINGS, ask_all, read, some_records, write
+from tests.batch.helpers import ONE_THREAD, SETTINGS, ask_all, read, some_records, write
 from tests.bounds import ROUNDING
 
 
@@ -226,3 +231,34 @@ def test_the_command_maps_and_keeps_fields(llama, tmp_path):
     assert command(source, tmp_path / "one", *fields, "--keep-field", "test", llama=llama) == 0
     (everything,), (one,) = read(tmp_path / "all"), read(tmp_path / "one")
     assert everything == one | {"more": 2} and one["id"] == 5 and one["test"] == 1.5
+
+
+@pytest.mark.launches
+def test_ctrl_c_ends_the_command_in_one_sentence(llama, tmp_path):
+    """SIGINT in the middle of a run: status 130, no traceback, and the same command completes the output."""
+    source = write(tmp_path / "in", some_records(300))
+    batch.run(llama, source, tmp_path / "whole", max_gen_len=30, batch_size=2)
+    command = [sys.executable, "-m", "hf_llama_sampling", "batch", source, tmp_path / "out"]
+    command += ["--max-gen-len", "30", "--batch-size", "2"]
+    environment = {**os.environ, **ONE_THREAD}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as ran:
+        shard = tmp_path / "out.run" / "shard-00000"
+        while ran.poll() is None and not (shard.exists() and shard.stat().st_size):
+            time.sleep(0.01)
+        ran.send_signal(signal.SIGINT)
+        out, error = ran.communicate()
+    assert ran.returncode == 130 and out == ""
+    assert error.count("\n") == 1 and "interrupted: what was answered is kept" in error
+    assert not (tmp_path / "out").exists()
+    summary = batch.run(llama, source, tmp_path / "out", max_gen_len=30, batch_size=2)
+    assert 0 < summary.answered < 300
+    assert filecmp.cmp(tmp_path / "out", tmp_path / "whole", shallow=False)
+
+
+@pytest.mark.launches
+def test_the_command_needs_no_standard_streams(tmp_path):
+    """With all three closed a run from file to file is as ever, and its status tells of errors."""
+    source = write(tmp_path / "in", [{"prompt": "love"}, "{bad"])
+    command = f"{sys.executable} -m hf_llama_sampling batch {source} {tmp_path}/out --max-gen-len 4 <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env={**os.environ, **ONE_THREAD}).returncode == 1
+    assert [list(answer)[1] for answer in read(tmp_path / "out")] == ["generation", "error"]

@@ -3,6 +3,7 @@
 import ast
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -16,22 +17,40 @@ ARGUMENTS = {
     "chat_completion.py": [TINY, TINY / "tokenizer.model"],
     "warpers_in_transformers.py": [TINY],
     "prompt_logprobs.py": [TINY],
+    "several_samples.py": [TINY],
+    "multiple_choice.py": [TINY],
+    "offload.py": [TINY],
+    "chat_template.py": ["a model with a template"],
 }
-
+PRINTED = {
+    "text_completion.py": "The king is\n> ",
+    "chat_completion.py": "> Assistant: Error: special tags are not allowed as part of the prompt.",
+    "warpers_in_transformers.py": "JULIET:\nO",
+    "prompt_logprobs.py": "'the king': -13.31 nats, perplexity 77",
+    "several_samples.py": "the second prompt alone gives the same samples: True",
+    "multiple_choice.py": "nats, ",
+    "offload.py": "787,200 of 1,771,200 weights are on the disk",
+    "chat_template.py": "user: And London? (",
+}
 TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py"]
 
 
-def launch(name, *arguments):
-    return subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, check=True
-    ).stdout
+@pytest.fixture
+def templated(tmp_path):
+    """The bundled model, whose tokenizer now has a chat template."""
+    shutil.copytree(TINY, tmp_path / "templated")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+    (tmp_path / "templated" / "chat_template.jinja").write_text(template)
+    return tmp_path / "templated"
 
 
-@pytest.mark.launches
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_example_runs(name):
-    """It ends without an error and prints an answer."""
-    assert len(launch(name, *ARGUMENTS[name])) > 60
+def test_example_runs(name, monkeypatch, capsys, templated):
+    """It ends without an error or a warning, and prints what it is about."""
+    arguments = [templated if argument == "a model with a template" else argument for argument in ARGUMENTS[name]]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert PRINTED[name] in capsys.readouterr().out
 
 
 def test_every_example_is_run():
@@ -64,7 +83,17 @@ def test_training_writes_a_model_that_loads(tmp_path):
     lines = [" ".join(words[(i * k + k) % len(words)] for k in range(1, 9)) for i in range(400)]
     text = tmp_path / "plays.txt"
     text.write_text("\n\n".join(f"SPEAKER {i % 7}:\n{line}, {i}" for i, line in enumerate(lines)))
-    launch("train_tiny_llama.py", text, tmp_path / "out", "--steps", "2", "--vocab", "320")
+    command = [
+        sys.executable,
+        EXAMPLES / "train_tiny_llama.py",
+        text,
+        tmp_path / "out",
+        "--steps",
+        "2",
+        "--vocab",
+        "320",
+    ]
+    subprocess.run(command, capture_output=True, check=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plain, fast = Tokenizer(tmp_path / "out" / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == plain.n_words == len(fast)

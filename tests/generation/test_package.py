@@ -43,6 +43,7 @@ def test_other_names_are_refused_as_in_any_module():
         from hf_llama_sampling.generation import sample_top_k  # noqa: F401
 
 
+@pytest.mark.launches
 def test_the_package_imports_nothing_above_it_until_asked():
     """`generation` lies below `llama`: importing it loads neither `llama` nor torch."""
     loaded = "{'torch', 'hf_llama_sampling.llama'} & set(sys.modules)"

@@ -158,10 +158,10 @@ REFUSED = {
     "config with beams": ({"generation_config": GenerationConfig(num_beams=3)}, ValueError, ["num_beams=3"]),
     "config with a bad value": ({"generation_config": GenerationConfig(eos_token_id=5000)}, ValueError, ["got 5000"]),
     "stop strings without a tokenizer": ({"stop_strings": ["x"]}, ValueError, ["stop_strings", "tokenizer="]),
-    "counting in ragged reference": (
-        {"min_new_tokens": 2, "schedule": "reference"},
+    "max_time in ragged reference": (
+        {"max_time": 2.0, "schedule": "reference"},
         ValueError,
-        ["min_new_tokens", "reference", "padded"],
+        ["max_time", "reference", "padded"],
     ),
     "cache of a ragged reference batch": (
         {"past_key_values": transformers.DynamicCache(), "schedule": "reference"},

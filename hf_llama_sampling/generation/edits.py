@@ -1,0 +1,248 @@
+"""What edits logits before the draw, and what of the caller's ends rows: both see each row's own text, nothing else.
+
+In a ragged batch the loop's columns hold padding before a row's prompt (padded schedule), or only a part of it
+(reference schedule). So processors and criteria are called with rows of one length at a time, cut to their own text,
+and not for rows that are still being forced, are done, or have come to their limit. What this module does not do: it
+draws nothing, and it ends nothing at an EOS or a limit.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteriaList
+from transformers import generation as hf
+from transformers.generation import StopStringCriteria
+
+from .options import NEEDING_EOS, Call
+from .plan import Plan
+
+# transformers' processors that keep a state for the whole batch, so they cannot be called for some of its rows.
+_STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+
+AllowedTokens = Callable[[int, Tensor], Sequence[int]]
+
+
+@dataclass
+class _Group:
+    """Rows of one prompt length (and, where it matters, one limit), with transformers' processors made for them."""
+
+    rows: Tensor  # (G,) indices into the batch
+    length: int  # of their prompts
+    begin: int  # the column in which their completions begin
+    processors: list[Any]  # called with ids (G, T) and scores (G, V)
+
+
+class LogitEdits:
+    """All that edits the logits of a run, in transformers' order: options first, then the caller's processors."""
+
+    def __init__(self, model: Any, plan: Plan, call: Call) -> None:
+        self.plan = plan
+        self.constraint = _Constraint(plan, call.to_loop.get("prefix_allowed_tokens_fn"))
+        by_options = bool(call.editing()) or self.constraint.allowed is not None
+        self.groups = list(_groups(model, plan, call, self.constraint)) if by_options else []
+        self.processors = list(call.to_loop.get("logits_processor") or [])
+        if plan.ragged:
+            _refuse_stateful(self.processors)
+
+    def __bool__(self) -> bool:
+        return bool(self.groups or self.processors)
+
+    def __call__(self, input_ids: Tensor, logits: Tensor, done: Tensor) -> Tensor:
+        """input_ids: (B, T) columns; logits: (B, V) float32; done: (B,). Returns edited logits (B, V)."""
+        column = input_ids.shape[1]
+        if self.processors or self.constraint.allowed is not None:
+            self.constraint.asked = asked = rows_to_ask(self.plan, done, column)
+        for group in self.groups:
+            if column >= group.begin:
+                logits = self._by_options(group, input_ids, logits)
+        if self.processors:
+            for rows, source, ids in own_texts(self.plan, asked, input_ids):
+                scores = logits if source is None else logits[source]
+                for processor in self.processors:
+                    scores = processor(ids, scores)
+                logits = _placed(logits, rows, scores[rows])
+        return logits
+
+    def _by_options(self, group: _Group, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """The logits with those of a group edited by the options."""
+        ids = input_ids[:, group.begin - group.length :]
+        everyone = len(group.rows) == len(logits)
+        ids, scores = (ids, logits) if everyone else (ids[group.rows], logits[group.rows])
+        for processor in group.processors:
+            scores = processor(ids, scores)
+        return scores.float() if everyone else _placed(logits, group.rows, scores)
+
+
+class CallersCriteria:
+    """The caller's stopping criteria, stop strings among them."""
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self.plan = plan
+        listed = list(call.to_loop.get("stopping_criteria") or [])
+        if call.options.get("stop_strings"):
+            if call.to_loop.get("tokenizer") is None:
+                raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
+            listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
+        self.criteria = StoppingCriteriaList(listed)
+
+    def __bool__(self) -> bool:
+        return bool(self.criteria)
+
+    def __call__(self, input_ids: Tensor, running: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids: (B, T) columns; running: (B,) rows to ask about. Returns (B,) bool: rows that meet a criterion."""
+        met = torch.zeros_like(running)
+        for rows, _, ids in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
+            met[rows] = self.criteria(ids, scores, **kwargs).to(met.device)[rows]
+        return met
+
+
+def rows_to_ask(plan: Plan, done: Tensor, column: int) -> list[int]:
+    """The rows whose token in this column is drawn and counts: not forced, not done, not beyond their limit."""
+    asked = ~done & (plan.begins <= column) & (column < plan.ends)
+    return asked.nonzero()[:, 0].tolist()
+
+
+def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """The texts of the rows to ask about, rows of one length at a time.
+
+    Processors and criteria may know rows by their place in the batch, so each is called with a whole batch, in which a
+    row that is asked about stands in its own place. Other places show the text of a row that is asked about.
+
+    Args:
+        plan: where each row starts.
+        asked: the rows to ask about.
+        input_ids: (B, T) columns.
+
+    Yields:
+        the rows (N,) that are asked about, which row each place shows (B,) (None if every place shows its own), and
+        the texts (B, own length).
+    """
+    by_offset: dict[int, list[int]] = {}
+    for row in asked:
+        by_offset.setdefault(plan.offsets[row], []).append(row)
+    everyone = range(len(plan.prompts))
+    for offset, rows in by_offset.items():
+        places = torch.tensor(rows, device=input_ids.device)
+        if len(rows) == len(plan.prompts):
+            yield places, None, input_ids[:, offset:]
+            continue
+        shown = set(rows)
+        source = torch.tensor([row if row in shown else rows[0] for row in everyone], device=input_ids.device)
+        yield places, source, input_ids[source, offset:]
+
+
+class _Constraint(LogitsProcessor):
+    """`prefix_allowed_tokens_fn`: what a row may go on with; rows that are not asked about stay as they are."""
+
+    def __init__(self, plan: Plan, allowed: AllowedTokens | None) -> None:
+        self.plan, self.allowed = plan, allowed
+        self.asked: list[int] = []  # rows to ask about in this step
+
+    def of_rows(self, rows: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The constraint as a processor of some rows of the batch."""
+
+        def constrain(input_ids: Tensor, scores: Tensor) -> Tensor:
+            """input_ids: (G, T); scores: (G, V)."""
+            assert self.allowed is not None
+            wanted = set(self.asked)
+            closed = torch.zeros_like(scores, dtype=torch.bool)
+            for place, row in enumerate(rows):
+                if row not in wanted:
+                    continue
+                tokens = torch.as_tensor(
+                    self.allowed(self.plan.row_ids[row], input_ids[place]), dtype=torch.long, device=scores.device
+                )
+                if not tokens.numel():
+                    position = input_ids.shape[1]
+                    raise ValueError(
+                        f"prefix_allowed_tokens_fn must allow at least one token, but allows none for position "
+                        f"{position} of row {self.plan.row_ids[row]}: return the EOS id to end a row"
+                    )
+                closed[place] = True
+                closed[place, tokens.flatten()] = False
+            return scores.masked_fill(closed, -torch.inf)
+
+        return constrain
+
+
+def _groups(model: Any, plan: Plan, call: Call, constraint: _Constraint) -> Iterator[_Group]:
+    """Rows by what transformers' processors are made with: the prompt's length, and the limit where EOS is forced."""
+    forces_eos = call.options.get("forced_eos_token_id") is not None
+    members: dict[tuple[int, int], list[int]] = {}
+    for row, (length, limit) in enumerate(zip(plan.lengths, plan.limits, strict=True)):
+        members.setdefault((length, limit if forces_eos else 0), []).append(row)
+    for (length, limit), rows in members.items():
+        prompts = torch.tensor([plan.prompts[row] for row in rows], device=plan.device)
+        constrain = constraint.of_rows(rows) if constraint.allowed is not None else None
+        processors = option_processors(model, call.options, plan, prompts, length + limit, constrain)
+        begin = plan.offsets[rows[0]] + length
+        yield _Group(torch.tensor(rows, device=plan.device), length, begin, processors)
+
+
+def option_processors(
+    model: Any,
+    options: dict[str, Any],
+    plan: Plan,
+    prompts: Tensor,
+    max_length: int,
+    constrain: Callable[[Tensor, Tensor], Tensor] | None,
+) -> list[Any]:
+    """transformers' processors for the options in force, in transformers' order, for rows of one length.
+
+    Args:
+        model: for classifier-free guidance, which forwards it once more.
+        options: of the call.
+        plan: says which ids end a text, and on which device all is.
+        prompts: (G, T) ids.
+        max_length: most tokens of these rows, prompt included; read where EOS is forced.
+        constrain: the constraint of `prefix_allowed_tokens_fn`, if there is one.
+    """
+    length, device, eos = prompts.shape[1], str(plan.device), list(plan.eos_ids)
+    given = {name: options[name] for name in Call(options=options).editing() if eos or name not in NEEDING_EOS}
+    if constrain is not None:
+        given["prefix_allowed_tokens_fn"] = constrain
+    if "bad_words_ids" in given:  # as in transformers, EOS alone is no bad word
+        given["bad_words_ids"] = [words for words in given["bad_words_ids"] if list(words) not in [[e] for e in eos]]
+        given = {name: value for name, value in given.items() if name != "bad_words_ids" or value}
+    # As in transformers: where BOS alone is followed by a forced token, suppression begins after that.
+    begin = length + 1 if length == 1 and "forced_bos_token_id" in given else length
+    caching = options.get("use_cache") is not False
+    make: dict[str, Callable[[Any], Any]] = {
+        "guidance_scale": lambda scale: hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            scale, model, use_cache=caching
+        ),
+        "sequence_bias": lambda bias: hf.SequenceBiasLogitsProcessor(bias),
+        "encoder_repetition_penalty": lambda penalty: hf.EncoderRepetitionPenaltyLogitsProcessor(penalty, prompts),
+        "repetition_penalty": lambda penalty: hf.RepetitionPenaltyLogitsProcessor(penalty),
+        "no_repeat_ngram_size": lambda size: hf.NoRepeatNGramLogitsProcessor(size),
+        "encoder_no_repeat_ngram_size": lambda size: hf.EncoderNoRepeatNGramLogitsProcessor(size, prompts),
+        "bad_words_ids": lambda words: hf.NoBadWordsLogitsProcessor(words, eos),
+        "min_length": lambda least: hf.MinLengthLogitsProcessor(least, eos, device=device),
+        "min_new_tokens": lambda least: hf.MinNewTokensLengthLogitsProcessor(length, least, eos, device=device),
+        "prefix_allowed_tokens_fn": lambda constraint: constraint,
+        "forced_bos_token_id": lambda token: hf.ForcedBOSTokenLogitsProcessor(token),
+        "forced_eos_token_id": lambda token: hf.ForcedEOSTokenLogitsProcessor(max_length, token, device=device),
+        "remove_invalid_values": lambda _: hf.InfNanRemoveLogitsProcessor(),
+        "exponential_decay_length_penalty": lambda penalty: hf.ExponentialDecayLengthPenalty(penalty, eos, length),
+        "suppress_tokens": lambda tokens: hf.SuppressTokensLogitsProcessor(tokens, device=device),
+        "begin_suppress_tokens": lambda tokens: hf.SuppressTokensAtBeginLogitsProcessor(tokens, begin, device=device),
+    }
+    return [make[name](given[name]) for name in make if name in given]
+
+
+def _refuse_stateful(processors: Sequence[Any]) -> None:
+    """Refuse processors with a state for the whole batch, beside prompts of several lengths."""
+    for processor in processors:
+        if type(processor).__name__ in _STATEFUL:
+            raise ValueError(
+                f"{type(processor).__name__} keeps a state for a whole batch, and rows of a ragged one begin at "
+                "different times: pass prompts of one length, or one prompt at a time"
+            )
+
+
+def _placed(logits: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
+    """The logits (B, V) with those of some rows (N,) replaced by scores (N, V)."""
+    return logits.index_copy(0, rows, scores.to(logits.dtype))

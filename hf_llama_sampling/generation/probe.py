@@ -1,0 +1,109 @@
+"""Trying out what a model's forward can take, on a few tokens, once per model.
+
+A config does not say whether a model reads padding as text, or whether its state goes on from chunk to chunk. So where
+an answer depends on it, a short text is run both ways through transformers' own loop and the logits are compared. What
+this module does not do: it refuses nothing; it answers yes or no.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, cache_utils
+
+from .model_info import device_of, length_limit, vocab_size_of
+
+# What was found, by model: a name of the question, and the answer.
+_FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
+
+# Layers of a cache that hold keys and values alone.
+_KEYS_AND_VALUES = tuple(
+    getattr(cache_utils, name) for name in ("DynamicLayer", "DynamicSlidingWindowLayer") if hasattr(cache_utils, name)
+)
+
+
+def reads_in_chunks(model: Any, generate: Callable[..., Any], width: int) -> bool:
+    """Whether a text of `width` tokens may be prefilled chunk by chunk with the same result.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model.
+        width: tokens of the text; rotary factors may depend on it.
+    """
+    limit = length_limit(model)
+    if limit is not None and width > limit:
+        return False
+    return _found(model, "chunks", lambda: _reads_in_chunks(model, generate))
+
+
+def honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
+    """Whether a row's logits stay what they are alone when padding, masked, stands before it."""
+    return _found(model, "padding", lambda: _honours_padding(model, generate))
+
+
+def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
+    """The answer for this model, looked for once."""
+    answers = _FOUND.setdefault(model, {})
+    if question not in answers:
+        answers[question] = ask()
+    return answers[question]
+
+
+class _Always(LogitsProcessor):
+    """Go on with one token, so that two runs can be compared step by step."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: (B, T); scores: (B, V). Returns one-hot scores (B, V)."""
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.token] = 0
+        return only
+
+
+def _reads_in_chunks(model: Any, generate: Callable[..., Any]) -> bool:
+    ids = _some_ids(model, 8)[None]
+    try:
+        whole, cache = _logits(generate, ids, torch.ones_like(ids))
+        if type(cache) is not DynamicCache or not all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers):
+            return False
+        chunked, _ = _logits(generate, ids, torch.ones_like(ids), prefill_chunk_size=3)
+    except Exception:  # whatever a model says to a chunk, it does not take it
+        return False
+    return _equal(chunked, whole, model.dtype)
+
+
+def _honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
+    ids, pads = _some_ids(model, 12), 7
+    batch = torch.stack([ids, torch.cat([ids[:1].expand(pads), ids[pads:].flip(0)])])
+    mask = torch.ones_like(batch)
+    mask[1, :pads] = 0
+    try:
+        together, _ = _logits(generate, batch, mask)
+        alone, _ = _logits(generate, batch[1:, pads:], mask[1:, pads:])
+    except Exception:
+        return False
+    return _equal(together[1:], alone, model.dtype)
+
+
+def _some_ids(model: Any, count: int) -> Tensor:
+    """Some ids of the vocabulary, (count,)."""
+    return torch.arange(1, count + 1, device=device_of(model)) * 37 % vocab_size_of(model)
+
+
+def _logits(generate: Callable[..., Any], ids: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    """The logits of three steps after ids (B, T), (B, 3, V), and the cache."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **options
+    )
+    output = generate(ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(int(ids[0, 0]))])
+    return torch.stack(output.logits, 1), output.past_key_values
+
+
+def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are equal up to the model's rounding at their size; a state that is lost is off by far more."""
+    allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * expected.abs().max()
+    return bool((found - expected).abs().max() <= allowed)

@@ -257,6 +257,7 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is an encoder-decoder.
+        TypeError: it is no model of transformers.
 
     >>> model = with_llama_generation(AutoModelForCausalLM.from_pretrained(name))
     """
@@ -264,6 +265,11 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if type(model).__name__ == "OptimizedModule":
         return _compiled_twin(model)
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        raise TypeError(
+            f"with_llama_generation takes a causal language model of transformers, got {type(model).__name__}: load "
+            "one with AutoModelForCausalLM.from_pretrained"
+        )
     refuse_encoder_decoder(model)
     twin = copy.copy(model)
     model_class: Any = type(model)

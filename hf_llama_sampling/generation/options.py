@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..checks import PerRow, check_count, check_int, check_temperature, check_top_p, first_not_none, per_row, to_python
+from ..checks import (
+    PerRow,
+    check_bool,
+    check_count,
+    check_int,
+    check_temperature,
+    check_top_p,
+    first_not_none,
+    per_row,
+    to_python,
+)
 from ..defaults import TEMPERATURE, TOP_P
 
 # Options of a generation config, by what becomes of them.
@@ -72,6 +82,16 @@ FOR_GENERATE = EDITING | {
     "pad_token_id",
     "bos_token_id",
     "transformers_version",
+}
+# Options that are True or False.
+FLAGS = {
+    "do_sample",
+    "return_dict_in_generate",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "remove_invalid_values",
 }
 # Values with which an option that has no place here asks for nothing.
 NEUTRAL: dict[str, Any] = {
@@ -180,6 +200,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
             hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
             raise TypeError(f"generate has no keyword {name!r}: {hint}")
     _refuse_options_without_a_place(call.options)
+    _check_kinds(call)
     return call
 
 
@@ -212,6 +233,28 @@ def _refuse_options_without_a_place(options: dict[str, Any]) -> None:
             'cache_implementation="paged" ignores logits processors and masks: drop it, or give the warpers to the '
             "continuous batching manager's logit_processor"
         )
+
+
+def _check_kinds(call: Call) -> None:
+    """Refuse objects of the wrong kind here, since transformers' loop would trip over them in some step."""
+    for name in FLAGS:
+        if call.options.get(name) is not None:
+            check_bool(name, call.options[name])
+    for name, call_of in (("logits_processor", "(input_ids, scores)"), ("stopping_criteria", "(input_ids, scores)")):
+        given = call.to_loop.get(name)
+        if given is not None and not (isinstance(given, (list, tuple)) and all(map(callable, given))):
+            raise TypeError(f"{name} must be a list of functions of {call_of}, got {given!r}: wrap one as [function]")
+    allowed = call.to_loop.get("prefix_allowed_tokens_fn")
+    if allowed is not None and not callable(allowed):
+        raise TypeError(f"prefix_allowed_tokens_fn must be a function of (row, input_ids), got {allowed!r}: pass one")
+    streamer = call.to_loop.get("streamer")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(
+            f"streamer must have the methods put and end, got {streamer!r}: pass a TextStreamer or the like"
+        )
+    cache = call.to_model.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}: leave it out")
 
 
 def _no_place(name: str, asked: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import PerRow, check_choice, check_count, check_int, check_seeds, first_not_none
+from ..checks import PerRow, check_bool, check_choice, check_count, check_int, check_seeds, first_not_none
 from ..sampling.settings import SamplingSettings
 from .inputs import check_lengths, left_padded
 from .model_info import context_of, device_of, eos_ids_of, pad_id_of, token_broadcast, vocab_size_of
@@ -179,9 +179,13 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     options, vocab_size, device = call.options, vocab_size_of(model), device_of(model)
     check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
     check_choice("compat", request.compat, ("fixed", "meta"))
+    check_bool("echo", request.echo)
+    check_bool(
+        "logprobs", request.logprobs, f"for the best tokens at each position give top_logprobs={request.logprobs}"
+    )
     top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
     chunk_bytes = check_int("chunk_bytes", request.chunk_bytes, least=1)
-    copies = check_int("num_return_sequences", options.get("num_return_sequences") or 1, least=1)
+    copies = check_int("num_return_sequences", first_not_none(options.get("num_return_sequences"), 1), least=1)
     sampling = _sampling_settings(request, call, len(prompts), copies, device)
     max_seq_len, gen_lens, limits = _lengths(model, prompts, call, request)
     schedule = choose_schedule(

@@ -4,6 +4,7 @@ The door, `from_pretrained`, never runs code that comes with a checkpoint, and n
 What this module does not do: it reads no format itself (`checkpoint` reads Meta's, `tokenizer` SentencePiece's).
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +63,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
+        TypeError: `ckpt_dir` is neither a text nor a path.
         ValueError: it cannot be read without running code, or its parts contradict one another.
     """
+    if not isinstance(ckpt_dir, (str, os.PathLike)):
+        raise TypeError(f"{_FORMS}, and this is of type {type(ckpt_dir).__name__}: give its name")
     if not is_meta_folder(ckpt_dir):
         return _load_transformers(ckpt_dir, placement)
     return load_meta_checkpoint(

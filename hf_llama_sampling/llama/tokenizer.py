@@ -6,6 +6,7 @@ do: it finds no files (`loading` does), pads nothing and cuts nothing.
 """
 
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex, overload, runtime_checkable
@@ -68,6 +69,10 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path) -> None:
+        if not isinstance(model_path, (str, os.PathLike)):
+            raise TypeError(
+                f"a tokenizer is a SentencePiece file, and this is of type {type(model_path).__name__}: give its path"
+            )
         self.sp_model = _read_sentencepiece(Path(model_path))
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()

@@ -220,15 +220,19 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
     Raises:
         ValueError: `p` is outside [0, 1], `probs` is not of two dimensions, or (seen on CPU alone) a row of it is no
             distribution: nan, inf, negative, or all 0.
-        TypeError: `p` is no number; bools and strings are none.
+        TypeError: `probs` is no tensor, or `p` no number; bools and strings are none.
 
     >>> sample_top_p(torch.tensor([[0.1, 0.6, 0.3]]), 0.5)  # 0.6 is before 0.3, and more than 0.5
     tensor([[1]])
     """
+    if not isinstance(probs, Tensor):
+        raise TypeError(f"probs must be a tensor of shape (B, V), got {type(probs).__name__}: pass torch.tensor(probs)")
     if probs.dim() != 2:
         raise ValueError(
             f"probs must be of shape (B, V), got {tuple(probs.shape)}: add a batch dimension with probs[None]"
         )
+    if not probs.numel():
+        raise ValueError(f"probs must hold at least one row and one token, got {tuple(probs.shape)}: drop the call")
     p, probs = check_top_p(p), probs.detach().float()
     check_generator(generator, probs.device)
     if fast_path.on_cpu(probs):

@@ -17,6 +17,8 @@ from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+_DOES_NOT_FIT = "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
+
 
 class Engine:
     """Answers batches of requests with one model, by the settings of one run."""
@@ -98,8 +100,8 @@ class OutOfMemoryBackoff:
             if not isinstance(result, str):
                 yield result
                 return
-            # By now the failed call's tensors have gone with its traceback.
-            clear_device_cache(garbage_collection=True)
+            if result == _DOES_NOT_FIT:  # by now the failed call's tensors have gone with its traceback
+                clear_device_cache(garbage_collection=True)
             if len(batch) == 1:
                 yield [respond_with_error(batch[0].index, batch[0].id, result)]
                 return
@@ -120,7 +122,7 @@ class OutOfMemoryBackoff:
                 if len(batch) > 1:
                     self.most = min(self.most, cost(batch) // 2)
                     logger.warning("out of memory with a batch of %d records: halved", len(batch))
-                return "the memory does not hold this record alone: shorten it, lower max_gen_len, or use more memory"
+                return _DOES_NOT_FIT
             if not isinstance(error, ValueError):
                 raise
             return str(error)

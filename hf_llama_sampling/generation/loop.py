@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from ..checks import nonfinite
 from ..sampling import fast_path
 from ..sampling.rule import Draw
-from ..sampling.sampler import Stream, TokenSampler, one_hot
+from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .edits import CallersCriteria, LogitEdits
 from .options import FOR_THE_LOOP, Call
@@ -30,21 +30,28 @@ _EXTRAS = ("logits", "attentions", "hidden_states", "past_key_values")
 
 @dataclass
 class LoopState:
-    """What the steps of one run write. Tensors are (B,), on the plan's device."""
+    """What the steps of one run write. Tensors are (B,), on the plan's device.
+
+    Where an EOS ended a row is not among it: that follows from the tokens, see `row_stops`.
+    """
 
     done: Tensor  # bool: rows that take no further token
-    stopped: Tensor  # the column after the one where EOS or a criterion ended the row; NEVER if none did
-    by_criterion: Tensor  # bool: rows that a criterion of the caller's ended
-    first_bad: Tensor  # the first column whose logits held nan or inf; NEVER if none did
+    criterion_stops: Tensor  # the column after the one where a criterion of the caller's ended the row, else NEVER
+    probes: list[Tensor] = field(default_factory=list)  # of each step, off the CPU: finite where the logits were sound
+    unsound: Tensor | None = None  # (), bool, off the CPU: the last step's logits held nan or inf
     scores: list[TokenScores] = field(default_factory=list)  # of each step's tokens, (B, 1) each
     drawn_with: list[Tensor] = field(default_factory=list)  # the probability that each step's tokens were drawn with
 
     @staticmethod
     def before(plan: Plan) -> "LoopState":
         """The state before the first step. A row with nothing to generate is done from the start."""
-        never = torch.full_like(plan.begins, NEVER)
         done = (plan.ends <= plan.start) & plan.limits_end_rows
-        return LoopState(done=done, stopped=never, by_criterion=torch.zeros_like(done), first_bad=never)
+        return LoopState(done=done, criterion_stops=torch.full_like(plan.begins, NEVER))
+
+    @property
+    def by_criterion(self) -> list[bool]:
+        """Which rows a criterion of the caller's ended."""
+        return (self.criterion_stops < NEVER).tolist()
 
 
 class SamplingProcessor(LogitsProcessor):
@@ -54,6 +61,8 @@ class SamplingProcessor(LogitsProcessor):
         self.plan, self.state, self.edits = plan, state, edits
         self.sampler = TokenSampler(plan.sampling, stream, rows=len(plan.prompts), device=plan.device)
         self.forced = plan.forced()
+        self.first_end = min(_end_columns(plan))
+        self.no_token: Tensor | None = None  # (B, V): -inf
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V)."""
@@ -62,25 +71,27 @@ class SamplingProcessor(LogitsProcessor):
         if self.edits:
             logits = self.edits(input_ids, logits, state.done)
         draw = self.sampler(logits, column, with_mass=plan.wants_scores)
-        self._note_nonfinite(logits, draw, column)
+        self._look_for_nonfinite(logits, draw, column)
         tokens, given = draw.tokens, None
         if self.forced is not None and column < plan.longest:
             given = self.forced[:, column]
             tokens = torch.where(given >= 0, given, tokens)
         # A row that is done goes on with pad, as in transformers; it is cut off in the end, and no row sees another.
-        tokens = torch.where(state.done, plan.fill_id, tokens)
+        tokens = tokens.masked_fill(state.done, plan.fill_id)
         if plan.broadcast_tokens is not None:
             tokens = plan.broadcast_tokens(tokens)
         if plan.wants_scores:
             state.scores.append(score(logits[:, None], tokens[:, None], plan.top_logprobs))
             state.drawn_with.append(draw.probs if given is None else torch.where(given >= 0, 1.0, draw.probs))
-        return one_hot(tokens, logits)
+        if self.no_token is None:
+            self.no_token = torch.full_like(logits, -torch.inf)
+        return self.no_token.scatter(1, tokens[:, None], 0.0)
 
-    def _note_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
-        """Note the first column in which a row's logits hold nan or inf; beyond a row's limit they mean nothing.
+    def _look_for_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
+        """Raise for logits with nan or inf; those of a row that is done or beyond its limit mean nothing.
 
         On CPU a look is free, so the run ends here. Elsewhere it would make the host wait: the criterion ends the run
-        where the loop looks by itself, and `rows` raises the error.
+        where the loop looks by itself, and `refuse_nonfinite` raises the error.
         """
         plan, state = self.plan, self.state
         # nan and +inf show in the softmax. Processors may set -inf on purpose; a model's own logits are finite.
@@ -88,11 +99,13 @@ class SamplingProcessor(LogitsProcessor):
         on_cpu = fast_path.on_cpu(probe)
         if on_cpu and all(map(math.isfinite, probe.tolist())):
             return
-        bad = ~torch.isfinite(probe) & ~state.done & (column < plan.ends)
-        if on_cpu and bad.any():
-            row = int(bad.nonzero()[0])
-            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
-        state.first_bad = torch.where(bad, state.first_bad.clamp(max=column), state.first_bad)
+        means_nothing = state.done | (plan.ends <= column) if column >= self.first_end else state.done
+        probe = probe.masked_fill(means_nothing, 0.0)
+        if on_cpu:
+            _refuse_nonfinite(plan, probe.tolist(), column)
+        else:
+            state.probes.append(probe)
+            state.unsound = probe.sum().abs() >= torch.inf
 
 
 class RowStoppingCriteria(StoppingCriteria):
@@ -100,22 +113,58 @@ class RowStoppingCriteria(StoppingCriteria):
 
     def __init__(self, plan: Plan, state: LoopState, others: CallersCriteria) -> None:
         self.plan, self.state, self.others = plan, state, others
+        self.end_columns = _end_columns(plan) if plan.limits_end_rows else set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: (B, T). Returns (B,) bool."""
         plan, state, width = self.plan, self.state, input_ids.shape[1]
-        running = ~state.done & (plan.begins < width)
-        ended = eos = running & torch.isin(input_ids[:, -1], plan.eos)
+        ended = None
+        if plan.eos_ids:
+            ended = torch.isin(input_ids[:, -1], plan.eos)
+            if width <= plan.longest:  # some rows are still being forced
+                ended &= plan.begins < width
         if self.others:
-            counts = running & (width <= plan.ends)
+            counts = ~state.done & (plan.begins < width) & (width <= plan.ends)
             met = counts & self.others(input_ids, counts, scores, **kwargs)
-            state.by_criterion |= met & ~eos
-            ended = eos | met
-        state.stopped = torch.where(ended, width, state.stopped)
-        state.done = state.done | ended | (plan.ends <= width if plan.limits_end_rows else False)
-        if fast_path.on_cpu(state.done):
-            return state.done
-        return state.done | (state.first_bad < NEVER).any()
+            met = met if ended is None else met & ~ended
+            state.criterion_stops = torch.where(met, width, state.criterion_stops)
+            ended = met if ended is None else ended | met
+        if width in self.end_columns:
+            state.done = state.done | (plan.ends <= width)
+        if ended is not None:
+            state.done = state.done | ended
+        return state.done if state.unsound is None else state.done | state.unsound
+
+
+def _end_columns(plan: Plan) -> set[int]:
+    """The columns after the last one that each row's limit allows, as `plan.ends` has them."""
+    parts = zip(plan.offsets, plan.lengths, plan.limits, strict=True)
+    return {offset + length + limit for offset, length, limit in parts}
+
+
+def row_stops(plan: Plan, state: LoopState, sequences: Tensor) -> list[int]:
+    """The column after the one where EOS or a criterion ended each row; NEVER if none did. sequences: (B, T)."""
+    eos_ids, stops = set(plan.eos_ids), []
+    for row, (text, by_criterion) in enumerate(zip(sequences.tolist(), state.criterion_stops.tolist(), strict=True)):
+        begin = plan.offsets[row] + plan.lengths[row]
+        # After its limit a row that is done is fed with pad, which may be an EOS.
+        end = min(len(text), begin + plan.limits[row]) if plan.limits_end_rows else len(text)
+        by_eos = (column + 1 for column in range(begin, end) if text[column] in eos_ids)
+        stops.append(min(next(by_eos, NEVER), by_criterion))
+    return stops
+
+
+def refuse_nonfinite(plan: Plan, state: LoopState, steps: int) -> None:
+    """After a run off the CPU, raise if the logits of one of its steps held nan or inf."""
+    for step, probe in enumerate(torch.stack(state.probes).tolist()[:steps] if state.probes else []):
+        _refuse_nonfinite(plan, probe, plan.start + step)
+
+
+def _refuse_nonfinite(plan: Plan, probe: list[float], column: int) -> None:
+    """Name the first row whose probe of a column is not finite."""
+    for row, value in enumerate(probe):
+        if not math.isfinite(value):
+            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
 
 
 class PromptScores(NamedTuple):
@@ -130,6 +179,7 @@ class Finished:
     """A run that has ended."""
 
     state: LoopState
+    stops: list[int]  # the column after the one where EOS or a criterion ended each row; NEVER if none did
     sequences: Tensor  # (B, T) ids, as the plan lays them out
     prompt_scores: PromptScores
     extras: dict[str, Any]  # logits, attentions, hidden states and the cache, where transformers gives them
@@ -160,12 +210,14 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
     output = generate(ids, attention_mask=mask, observer=scorer, **arguments)
-    leave_generator(plan, state, stream)
+    refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
+    stops = row_stops(plan, state, output.sequences)
+    leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)
     # Attentions of a ragged batch in the reference schedule do not line up with rows, so omit them.
     lines_up = plan.padded or not plan.ragged
     extras = {name: output[name] for name in _EXTRAS if lines_up and output.get(name) is not None}
     columns = None if scorer is None else scorer.scores(plan.offsets)
-    return Finished(state, output.sequences, PromptScores(columns, prompt_rows), extras)
+    return Finished(state, stops, output.sequences, PromptScores(columns, prompt_rows), extras)
 
 
 def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
@@ -174,8 +226,9 @@ def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     state = LoopState.before(plan)
     rows = _score_prompts(model, generate, plan, call) if plan.echo and plan.wants_scores else None
     stream_prompts(ids, call)
-    leave_generator(plan, state, random_stream(plan))
-    return Finished(state, ids, PromptScores(rows=rows), {})
+    stops = row_stops(plan, state, ids)
+    leave_generator(plan, stops, by_criterion=False, stream=random_stream(plan))
+    return Finished(state, stops, ids, PromptScores(rows=rows), {})
 
 
 def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> list[RowScores]:
@@ -258,18 +311,17 @@ def random_stream(plan: Plan) -> Stream:
     return LookAhead(plan.lengths, plan.start, sampling.generator) if plan.padded else MetaStream(sampling.generator)
 
 
-def leave_generator(plan: Plan, state: LoopState, stream: Stream) -> None:
+def leave_generator(plan: Plan, stops: list[int], *, by_criterion: bool, stream: Stream) -> None:
     """After a padded run on Meta's stream, leave the generator as the reference's own schedule would.
 
     The reference stops when every row has generated EOS, else at the total length. A row that ends at its limit might
     have met an EOS beyond it there; that cannot be known here.
     """
-    if not isinstance(stream, LookAhead) or plan.sampling.temperature == 0 or bool(state.by_criterion.any()):
+    if not isinstance(stream, LookAhead) or plan.sampling.temperature == 0 or by_criterion:
         return
-    stopped = state.stopped.tolist()
-    if max(stopped) < NEVER:
+    if max(stops) < NEVER:
         lags = (length - plan.shortest for length in plan.lengths)
-        steps = max(column - plan.start + lag for column, lag in zip(stopped, lags, strict=True))
+        steps = max(column - plan.start + lag for column, lag in zip(stops, lags, strict=True))
     else:
         steps = plan.total_len - plan.shortest
     stream.leave_after(steps, (len(plan.prompts), plan.vocab_size), plan.device)

@@ -133,7 +133,7 @@ class LlamaGenerationMixin(GenerationMixin):
             stream_prompts(plan.layout()[0], call)
         else:
             run = run_loop(self, loop, plan, call)
-            rows, extras = collect_rows(plan, run.state, run.sequences, run.prompt_scores), run.extras
+            rows, extras = collect_rows(plan, run), run.extras
 
         # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
         sequences = sequences_of(rows, plan)

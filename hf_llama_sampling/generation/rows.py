@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..checks import nonfinite
-from .loop import NEVER, LoopState, PromptScores
+from .loop import Finished, LoopState
 from .plan import Plan
 from .scoring import (
     RowScores,
@@ -36,22 +34,14 @@ class Rows:
     top_logprobs: list[list[TopLogprobs]]
 
 
-def collect_rows(plan: Plan, state: LoopState, sequences: Tensor, prompt_scores: PromptScores) -> Rows:
-    """Rows out of columns.
-
-    Args:
-        sequences: (B, T) ids, as laid out.
-        prompt_scores: the scores of the prompts, if they were asked for.
-
-    Raises:
-        ValueError: logits held nan or inf; the row and the position are named.
-    """
+def collect_rows(plan: Plan, run: Finished) -> Rows:
+    """Rows out of the columns of a run."""
+    state, sequences, prompt_scores = run.state, run.sequences, run.prompt_scores
     width = sequences.shape[1]
-    _refuse_nonfinite(plan, state, width)
-    ends = torch.minimum(torch.minimum(plan.ends, state.stopped), torch.tensor(width)).tolist()
+    ends = [min(end, stop, width) for end, stop in zip(plan.ends.tolist(), run.stops, strict=True)]
     spans = [slice(offset, end) for offset, end in zip(plan.offsets, ends, strict=True)]
     tokens = [row[span] for row, span in zip(sequences.tolist(), spans, strict=True)]
-    rows = Rows(tokens, state.by_criterion.tolist(), [], [], [])
+    rows = Rows(tokens, state.by_criterion, [], [], [])
     if not plan.wants_scores:
         return rows
     made = width - plan.start
@@ -66,13 +56,6 @@ def collect_rows(plan: Plan, state: LoopState, sequences: Tensor, prompt_scores:
         given = plan.start - span.start
         rows.sampled_logprobs.append(([0.0] * given + drawn[row].tolist())[: len(tokens[row])])
     return rows
-
-
-def _refuse_nonfinite(plan: Plan, state: LoopState, width: int) -> None:
-    """Name the first row whose logits held nan or inf in a column that was made."""
-    for row, column in enumerate(state.first_bad.tolist()):
-        if column < min(width, NEVER):
-            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
 
 
 def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, width: int) -> TokenScores:

@@ -3,6 +3,7 @@
 What this module does not do: it runs no model.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, first_not_none
+
+# Names of position tables in transformers' models, and of the parts of a model that read no text.
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|pos_encoding|positions_embed|embed_positions|\w*position_embeddings?)$")
+_OTHER_TOWER = re.compile("vision|visual|image|audio|tower")
 
 
 def vocab_size_of(model: Any) -> int:
@@ -22,7 +27,22 @@ def context_of(model: Any) -> int | None:
     if vars(model).get("max_seq_len") is not None:
         return int(vars(model)["max_seq_len"])
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if length is None else int(length)
+    return int(length) if length is not None and length > 0 else None  # XLNet's -1 stands for no limit
+
+
+def check_positions(model: Any, max_seq_len: int | None) -> None:
+    """Refuse texts that are longer than the model's table of positions, learned or computed ahead, if it has one."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_seq_len is None or length is None or not 0 < length < max_seq_len:
+        return
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables += [name for name, buffer in model.named_buffers() if buffer.dim() == 2]
+    tables += ["pos_encoding" for module in model.modules() if "pos_encoding" in vars(module)]  # CTRL
+    if any(_POSITION_TABLE.search(name) and not _OTHER_TOWER.search(name) for name in tables):
+        raise ValueError(
+            f"max_seq_len must not exceed the {length} positions that {type(model).__name__} has a table of, got "
+            f"{max_seq_len}: lower it"
+        )
 
 
 def length_limit(model: Any) -> int | None:

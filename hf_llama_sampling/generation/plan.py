@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import PerRow, check_bool, check_choice, check_count, check_int, check_seeds, first_not_none
 from ..sampling.settings import SamplingSettings
 from .inputs import check_lengths, left_padded
-from .model_info import context_of, device_of, eos_ids_of, pad_id_of, token_broadcast, vocab_size_of
+from .model_info import check_positions, context_of, device_of, eos_ids_of, pad_id_of, token_broadcast, vocab_size_of
 from .options import Call, check_generator, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
 from .schedule import Layout, Schedule, choose_schedule
 from .trimming import Compat
@@ -257,6 +257,7 @@ def _lengths(
     options = call.options
     total = resolve_alias("max_seq_len", request.max_seq_len, "max_length", options.get("max_length"))
     max_seq_len = context_of(model) if total is None else check_int("max_seq_len", total, least=1)
+    check_positions(model, max_seq_len)
     check_lengths(prompts, max_seq_len)
     wanted = resolve_alias("max_gen_len", request.max_gen_len, "max_new_tokens", options.get("max_new_tokens"))
     gen_lens = choose_gen_lens(wanted, None if total is None else max_seq_len, prompts)

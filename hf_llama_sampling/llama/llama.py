@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checks import ReferenceAssertion, check_bool, check_choice, check_int
 from ..defaults import TEMPERATURE, TOP_P
-from ..generation.model_info import context_of, eos_ids_of, vocab_size_of
+from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
@@ -96,6 +96,7 @@ class Llama:
     ) -> None:
         _check_model(model)
         _check_limits(max_seq_len, max_batch_size, compat, schedule)
+        check_positions(model, max_seq_len)
         self.tokenizer: TokenizerLike = load_tokenizer(tokenizer)
         _check_sizes(self.tokenizer, vocab_size_of(model))
         length = context_of(model) if max_seq_len is None else max_seq_len
@@ -496,6 +497,7 @@ class Llama:
 
 def _check_model(model: Any) -> None:
     if isinstance(model, torch.nn.Module) and hasattr(model, "config"):
+        refuse_encoder_decoder(model)
         return
     found = repr(model) if isinstance(model, str | Path) else type(model).__name__
     raise TypeError(

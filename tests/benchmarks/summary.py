@@ -33,7 +33,7 @@ BARS_SHOWN = [
     ),
     Bar(
         "64 tokens with logprobs and echo, 8 prompts of 256",
-        "transformers' own means",
+        "transformers: `output_logits` and a second forward",
         "64 tokens with logprobs and echo, Meta's stream, B = 8, prompts of 256",
         "transformers: `output_logits` and a forward",
     ),
@@ -51,7 +51,7 @@ BARS_SHOWN = [
     ),
     Bar(
         "memory for logprobs and echo, 8 rows of 512 + 256 tokens",
-        "transformers' own means",
+        "transformers: `output_logits` and a second forward",
         "extra peak memory for logprobs and echo, B = 8, 512 + 256 tokens, V = 49,152",
         "transformers' recipe",
     ),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import check_int, seeds_as_given
+from .checks import check_int, check_seeds, seeds_as_given
 from .console import (
     check_stdout,
     exit_on_interrupt,
@@ -81,6 +81,8 @@ def complete(arguments: argparse.Namespace) -> int:
             max_gen_len=arguments.max_gen_len,
             logprobs=arguments.logprobs,
             echo=arguments.echo,
+            seeds=arguments.seeds,
+            stop=arguments.stop or None,
             streamer=streamer,
         )
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -105,6 +107,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         prompts = list(read_lines(sys.stdin))
     if not prompts:
         raise ValueError("complete needs a prompt: give it as an argument, by --file, or per line on standard input")
+    if arguments.seeds is not None:
+        check_seeds(arguments.seeds, len(prompts))
     return prompts
 
 
@@ -126,6 +130,7 @@ def chat(arguments: argparse.Namespace) -> int:
         arguments.max_gen_len,
         system=arguments.system,
         chat_format="llama2" if arguments.llama2_format else "auto",
+        stop=arguments.stop,
     )
     terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if terminal:
@@ -246,6 +251,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("an evaluation needs at least one task: name it with --tasks")
         if arguments.limit is not None and not arguments.limit > 0:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
+    if getattr(arguments, "seeds", None) is not None:
+        seeds_as_given(arguments.seeds)
+    if "" in getattr(arguments, "stop", []):
+        raise ValueError("a stop string must hold at least one character, got an empty one")
     for prompt in getattr(arguments, "prompts", []):
         if not prompt.isascii():
             _check_unicode(prompt)
@@ -279,6 +288,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_options(sub)
     _sampling_options(sub)
+    sub.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N[,N...]",
+        help="a stream of random numbers per prompt: one seed each, or the first one's; a completion then depends on "
+        "nothing else that is completed beside it",
+    )
+    _stop_option(sub)
     sub.add_argument("--echo", action="store_true", help="let the answer start with the prompt")
     sub.add_argument("--logprobs", action="store_true", help="print each token's log-probability, natural logarithm")
     sub.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
@@ -294,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(sub)
     _sampling_options(sub)
     sub.add_argument("--system", metavar="TEXT", help="a system message for the whole conversation")
+    _stop_option(sub)
     sub.add_argument(
         "--llama2-format", action="store_true", help="LLAMA2's format even if the tokenizer has a template"
     )
@@ -377,6 +395,22 @@ def _model_options(sub: argparse.ArgumentParser, *, compat: bool = True) -> None
     group.add_argument(
         "--compat", choices=["meta", "fixed"], default="meta", help="keep or mend the reference's quirks"
     )
+
+
+def _stop_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a string that ends an answer, which is cut right before it; may repeat",
+    )
+
+
+def _seeds(text: str) -> int | list[int]:
+    """One seed, or several with commas in between."""
+    seeds = [int(part) for part in text.split(",")]
+    return seeds if len(seeds) > 1 else seeds[0]
 
 
 def _sampling_options(sub: argparse.ArgumentParser, *, seed: str = "of torch's generator, as the reference's") -> None:

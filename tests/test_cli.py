@@ -71,6 +71,10 @@ NEVER_LOADED = [
     (["complete", "x", "--device-map", "nonsense"], "'nonsense' is none"),
     (["complete", "a\udcffb"], "must be valid Unicode"),
     (["complete", "--file", "/nowhere/at/all"], "cannot be read"),
+    (["complete", "x", "--seeds", "1,2"], "seeds must be one value or one per row, got 2 for 1 rows"),
+    (["complete", "x", "--seeds", "-1"], "seeds must lie in [0, 2**64), got -1"),
+    (["complete", "x", "--stop", ""], "a stop string must hold at least one character"),
+    (["chat", "--stop", ""], "a stop string must hold at least one character"),
     (["parity", "--device", "cuda:77"], "'cuda:77' asks for a cuda device"),
     (["batch", "-", "-", "--temperature", "-1"], "temperature"),
     (["batch", "-", "-", "--top-p", "2"], "top_p"),
@@ -390,3 +394,32 @@ def test_chat_writes_no_control_tokens_for_a_user(capsys, monkeypatch, tmp_path)
     assert main(["chat", "--model", str(tmp_path / "model"), "--max-gen-len", "2"]) == 0
     ((prompt,),) = asked
     assert (prompt.count(1), prompt.count(2)) == (1, 1)
+
+
+def test_complete_with_seeds_and_stop_strings(capsys):
+    """A prompt and its seed give one answer in any company; the text ends before the first stop string."""
+    options = ["--json", "--max-gen-len", "20"]
+    assert main(["complete", "ROMEO:", "The king", "--seeds", "5", *options]) == 0
+    together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["complete", "The king", "ROMEO:", "--seeds", "6,5", *options]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == together[::-1]
+    assert main(["complete", "ROMEO:", "--seeds", "5", "--stop", "zzz", "--stop", "are", *options]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["generation"] == together[0]["generation"].partition("are")[0] and answer["stop_reason"] == "are"
+
+
+def test_chat_with_stop_strings(capsys, monkeypatch):
+    """An answer is printed up to its stop string, and kept so for the next turn."""
+    asked = []
+    generate = Llama.generate
+
+    def keep(self, prompts, *more, **others):
+        asked.append(self.text_of(prompts[0]))
+        return generate(self, prompts, *more, **others)
+
+    monkeypatch.setattr(Llama, "generate", keep)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Speak\nMore\n"))
+    assert main(["chat", "--max-gen-len", "20", "--temperature", "1.5", "--stop", "e", "--seed", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed and "e" not in printed
+    assert "e" not in asked[1].partition("[/INST]")[2].partition("[INST]")[0]

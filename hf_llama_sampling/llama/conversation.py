@@ -3,12 +3,12 @@
 What this module does not do: it reads and prints nothing; the command `chat` does.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from ..sampling.settings import SamplingSettings
 from .dialog import UNSAFE_ERROR, Message, is_unsafe
 from .llama import ChatFormat, Llama
+from .stopping import StopStrings
 from .streaming import TextStreamer
 
 
@@ -21,9 +21,10 @@ class Conversation:
         max_gen_len: most new tokens of an answer.
         system: a system message for the whole conversation.
         chat_format: as in `Llama.encode_dialog`.
+        stop: strings that end an answer.
 
     Raises:
-        ValueError: the chat format does not take the system message.
+        ValueError: the chat format does not take the system message, or a stop string is empty.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Conversation:
         *,
         system: str | None = None,
         chat_format: ChatFormat = "auto",
+        stop: Sequence[str] = (),
     ) -> None:
         self.llama = llama
         self.settings = settings
         self.max_gen_len = max_gen_len
+        self.stops = StopStrings(stop, 1)
         self.llama2_format = chat_format == "llama2" or not llama.has_chat_template
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.start)
@@ -66,15 +69,17 @@ class Conversation:
                 f"the conversation has {len(prompt)} tokens and the model reads {self.llama.max_seq_len}: "
                 "/reset starts a new one"
             )
-        streamer: Any = TextStreamer(self.llama.text_of, write)
-        tokens, _ = self.llama.generate(
+        (answer,), _ = self.llama.generate(
             [prompt],
             min(room, self.max_gen_len),
             self.settings.temperature,  # type: ignore[arg-type]
             self.settings.top_p,  # type: ignore[arg-type]
-            streamer=streamer,
+            streamer=TextStreamer(self.llama.text_of, write, self.stops),
+            stopping_criteria=[self.stops.criterion([prompt], self.llama.text_of)] if self.stops else None,
         )
-        self.messages = [*asked, {"role": "assistant", "content": self.llama.text_of(tokens[0])}]
+        cut = self.stops.cut(0, answer, self.llama.text_of)
+        text = self.llama.text_of(answer)
+        self.messages = [*asked, {"role": "assistant", "content": text[: len(text) - cut.dropped]}]
 
     def _encode(self, messages: list[Message]) -> list[int]:
         return self.llama.encode_dialog(messages, "llama2" if self.llama2_format else "template")

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import PreTrainedModel
 
-from ..checks import ReferenceAssertion, check_bool, check_choice, check_int
+from ..checks import ReferenceAssertion, check_bool, check_choice, check_int, check_seeds
 from ..defaults import TEMPERATURE, TOP_P
 from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
@@ -27,6 +27,7 @@ from .inputs import as_dialogs, as_rows, as_texts
 from .loading import load_model, load_tokenizer, vocab_sizes
 from .placement import DeviceMap, MaxMemory, choose_placement
 from .reference_model import with_reference_interface
+from .stopping import Stop, StopStrings
 from .tokenizer import TokenizerLike, TransformersTokenizer
 
 ChatFormat = Literal["auto", "llama2", "template"]
@@ -39,10 +40,11 @@ class _Completion(TypedDict):
 
 
 class CompletionPrediction(_Completion, total=False):
-    """The answer of `text_completion` to a prompt; `tokens` (one string each) and `logprobs` where asked for."""
+    """The answer of `text_completion` to a prompt; all but `generation` where asked for, `tokens` one string each."""
 
     tokens: list[str]
     logprobs: list[float]
+    stop_reason: str | None
 
 
 class _Chat(TypedDict):
@@ -50,10 +52,11 @@ class _Chat(TypedDict):
 
 
 class ChatPrediction(_Chat, total=False):
-    """The answer of `chat_completion` to a dialog; `tokens` (one string each) and `logprobs` where asked for."""
+    """The answer of `chat_completion` to a dialog; all but `generation` where asked for, `tokens` one string each."""
 
     tokens: list[str]
     logprobs: list[float]
+    stop_reason: str | None
 
 
 class Llama:
@@ -176,7 +179,9 @@ class Llama:
         echo: bool = False,
         stop_token: int | None = None,
         *,
+        seeds: int | Sequence[int] | None = None,
         streamer: Any = None,
+        stopping_criteria: Any = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Complete a ragged batch of token-id prompts.
 
@@ -188,7 +193,10 @@ class Llama:
             logprobs: whether to return each token's raw logprob, natural logarithm.
             echo: whether the answers start with their prompts.
             stop_token: the id that ends a row instead of EOS, as in Code Llama's package.
+            seeds: one stream of random numbers per prompt: an int (`seed, seed + 1, ...`) or one per prompt. A prompt's
+                completion then depends on nothing else in the batch.
             streamer: gets the tokens as they come, as transformers' streamers do.
+            stopping_criteria: transformers' criteria that end rows.
 
         Returns:
             Ids per row, cut before EOS, and logprobs beside them, or None.
@@ -201,7 +209,7 @@ class Llama:
         >>> llama.generate([[1, 367, 542], [1]], max_gen_len=4, temperature=0.0)
         ([[988, 13, 985, 982], [323, 362, 1017, 633]], None)
         """
-        settings = SamplingSettings(temperature, top_p)
+        settings = SamplingSettings(temperature, top_p, seeds)
         flags = {
             "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
             "echo": check_bool("echo", echo, "the answers then start with their prompts"),
@@ -218,8 +226,9 @@ class Llama:
             eos_token_id=self._eos_ids() if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
-            streamer=streamer,
+            seeds=settings.seeds,
             **flags,
+            **_given(streamer=streamer, stopping_criteria=stopping_criteria),
         )
         assert output.tokens is not None
         return output.tokens, output.logprobs
@@ -233,6 +242,8 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         *,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
         streamer: Any = None,
     ) -> list[CompletionPrediction]:
         """Complete texts, each after a BOS if the tokenizer has one.
@@ -241,30 +252,37 @@ class Llama:
             prompts: texts, in a list or anything else that holds them in order. Control tokens that a text spells out
                 are characters.
             max_gen_len: `max_seq_len - 1` if not given.
+            stop: strings that end a completion: one or several for all prompts, or a list per prompt. The text is cut
+                right before the first; tokens and logprobs are those of the tokens that lie wholly before it.
             others: see `generate`.
 
         Returns:
-            Per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`.
+            Per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`, with
+            `stop` also `"stop_reason"`: the string that ended the text, or None.
 
         Raises:
-            ValueError, TypeError: as `generate`; or a prompt is no text.
+            ValueError, TypeError: as `generate`; or a prompt is no text, or a stop string is empty.
 
         >>> llama.text_completion(["ROMEO:"], temperature=0.0, max_gen_len=8)
         [{'generation': '\\nIf I have been a b'}]
         """
+        ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
+        stops = None if stop is None else StopStrings(stop, len(ids))
         tokens, scores = self.generate(
-            prompt_tokens=[self._encode(text, row) for row, text in enumerate(as_texts(prompts))],
+            prompt_tokens=ids,
             max_gen_len=self._gen_len(max_gen_len),
             temperature=temperature,
             top_p=top_p,
             logprobs=logprobs,
             echo=echo,
-            **_given(streamer=streamer),
+            **_given(seeds=seeds, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
         )
-        return [
-            {"generation": self.text_of(row), **self._details(row, row_scores)}  # type: ignore[typeddict-item]
-            for row, row_scores in _rows_with_scores(tokens, scores)
-        ]
+        given = [len(prompt) if echo else 0 for prompt in ids]
+        predictions: list[CompletionPrediction] = []
+        for row, (answer, row_scores) in enumerate(_rows_with_scores(tokens, scores)):
+            text, details = self._answer(row, answer, row_scores, given[row], stops)
+            predictions.append({"generation": text, **details})  # type: ignore[typeddict-item]
+        return predictions
 
     def chat_completion(
         self,
@@ -275,6 +293,8 @@ class Llama:
         logprobs: bool = False,
         *,
         chat_format: ChatFormat | None = None,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
     ) -> list[ChatPrediction]:
         """Answer dialogs: an optional system message, then user and assistant in turn, the last from the user.
 
@@ -287,11 +307,12 @@ class Llama:
             max_gen_len: `max_seq_len - 1` if not given.
             chat_format: `"llama2"`, the `"template"` that the tokenizer came with, or `"auto"`: the template where
                 there is one. If not given LLAMA2's, with a warning where the tokenizer came with another.
+            stop: see `text_completion`.
             others: see `generate`.
 
         Returns:
             Per dialog `{"generation": {"role": "assistant", "content": text}}`, with `logprobs` also `"tokens"`, one
-            string each, and `"logprobs"`.
+            string each, and `"logprobs"`, with `stop` also `"stop_reason"`.
 
         Raises:
             ValueError, TypeError: as `generate`; or a dialog breaks a rule of the format: both are named.
@@ -305,22 +326,27 @@ class Llama:
         unsafe = [not template and is_unsafe(dialog, row=row) for row, dialog in enumerate(listed)]
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
         ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
-        answers: dict[int, tuple[list[int], list[float] | None]] = {}
+        stops = None if stop is None else StopStrings(stop, len(listed)).of_rows(asked)
+        answers: dict[int, tuple[str, dict[str, Any]]] = {}
         if ids or not listed:
+            row_seeds = None if seeds is None else [check_seeds(seeds, len(listed))[row] for row in asked]
             tokens, scores = self.generate(
                 prompt_tokens=ids,
                 max_gen_len=self._gen_len(max_gen_len),
                 temperature=temperature,
                 top_p=top_p,
                 logprobs=logprobs,
+                **_given(seeds=row_seeds, stopping_criteria=self._criteria(stops, ids)),
             )
-            answers = dict(zip(asked, _rows_with_scores(tokens, scores), strict=True))
+            rows = enumerate(_rows_with_scores(tokens, scores))
+            answers = {asked[i]: self._answer(i, answer, row_scores, 0, stops) for i, (answer, row_scores) in rows}
+        nothing: dict[str, Any] = {"tokens": [], "logprobs": []} if logprobs else {}
+        nothing |= {} if stop is None else {"stop_reason": None}
         predictions: list[ChatPrediction] = []
         for row, flagged in enumerate(unsafe):
-            answer, row_scores = answers.get(row, ([], [] if logprobs else None))
-            content = UNSAFE_ERROR if flagged else self.text_of(answer)
-            message: Message = {"role": "assistant", "content": content}
-            predictions.append({"generation": message, **self._details(answer, row_scores)})  # type: ignore[typeddict-item]
+            text, details = answers.get(row, ("", nothing))
+            message: Message = {"role": "assistant", "content": UNSAFE_ERROR if flagged else text}
+            predictions.append({"generation": message, **details})  # type: ignore[typeddict-item]
         return predictions
 
     def text_infilling(
@@ -489,10 +515,24 @@ class Llama:
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
-    def _details(self, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
-        if logprobs is None:
-            return {}
-        return {"tokens": [self.text_of([token]) for token in tokens], "logprobs": logprobs}
+    def _criteria(self, stops: StopStrings | None, prompts: list[list[int]]) -> list[Any] | None:
+        """The stopping criteria of a call with stop strings."""
+        return [stops.criterion(prompts, self.text_of)] if stops else None
+
+    def _answer(
+        self, row: int, tokens: list[int], scores: list[float] | None, given: int, stops: StopStrings | None
+    ) -> tuple[str, dict[str, Any]]:
+        """A row's text, and what a prediction holds beside it; the first `given` tokens are an echoed prompt."""
+        text = self.text_of(tokens)
+        details: dict[str, Any] = {}
+        if stops is not None:
+            cut = stops.cut(row, tokens[given:], self.text_of)
+            text = text[: len(text) - cut.dropped]
+            tokens = tokens[: given + cut.tokens]
+            details["stop_reason"] = cut.reason
+        if scores is not None:
+            details |= {"tokens": [self.text_of([token]) for token in tokens], "logprobs": scores[: len(tokens)]}
+        return text, details
 
 
 def _check_model(model: Any) -> None:

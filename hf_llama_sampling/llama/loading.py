@@ -1,7 +1,8 @@
-"""Loading a model and a tokenizer, in every form that `Llama.build` takes, through one door to transformers.
+"""Loading a model and a tokenizer, in every form that `Llama.build` takes.
 
-The door, `from_pretrained`, never runs code that comes with a checkpoint, and never asks on standard input whether to.
-What this module does not do: it reads no format itself (`checkpoint` reads Meta's, `tokenizer` SentencePiece's).
+All of transformers' formats go through `from_pretrained` here, which never runs code that comes with a checkpoint, and
+never asks on standard input whether to. What this module does not do: it reads no format itself (`checkpoint` reads
+Meta's, `tokenizer` SentencePiece's).
 """
 
 import os

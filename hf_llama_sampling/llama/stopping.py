@@ -1,0 +1,122 @@
+"""Stop strings: a completion ends before the first of some strings, and its tokens and logprobs are cut alike.
+
+What this module does not do: it runs no model; `generation` asks the criterion after each step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+Stop = str | Sequence[str] | Sequence[Sequence[str] | None]
+TextOf = Callable[[Sequence[int]], str]
+
+
+class Cut(NamedTuple):
+    """Where a completion ends."""
+
+    tokens: int  # of the completion, that hold nothing of the stop string
+    dropped: int  # characters at the end of the completion's text
+    reason: str | None  # the stop string; None if there was none
+
+
+class StopStrings:
+    """The strings that end each row.
+
+    Args:
+        stop: a string or several for all rows, or one list (or None) per row.
+        rows: B.
+
+    Raises:
+        TypeError: neither strings nor lists of strings.
+        ValueError: an empty string, or lists for another number of rows.
+
+    >>> StopStrings(["User:", "\\n\\n"], 1).find(0, "Yes.\\n\\nUser: No")
+    (4, '\\n\\n')
+    """
+
+    def __init__(self, stop: Stop, rows: int) -> None:
+        self.by_row = _strings_by_row(stop, rows)
+
+    def __bool__(self) -> bool:
+        return any(self.by_row)
+
+    def of_rows(self, rows: Sequence[int]) -> "StopStrings":
+        """The strings of some rows."""
+        return StopStrings([self.by_row[row] for row in rows], len(rows))
+
+    def find(self, row: int, text: str) -> tuple[int, str] | None:
+        """The place and the string that a row's text ends at: the first place, and of several there the longest."""
+        found = [(text.find(string), string) for string in self.by_row[row]]
+        return min(((at, string) for at, string in found if at >= 0), key=_first_and_longest, default=None)
+
+    def held_back(self, row: int, text: str) -> int:
+        """How many characters at a text's end may be the beginning of a stop string.
+
+        >>> StopStrings("END", 1).held_back(0, "the EN")
+        2
+        """
+        sizes = (size for string in self.by_row[row] for size in range(1, len(string)) if text.endswith(string[:size]))
+        return max(sizes, default=0)
+
+    def criterion(self, prompts: Sequence[Sequence[int]], text_of: TextOf) -> StoppingCriteria:
+        """A stopping criterion for `generate`.
+
+        Args:
+            prompts: token ids of each row's prompt.
+            text_of: decodes token ids.
+        """
+        return _StopStringsCriterion(self, [len(prompt) for prompt in prompts], text_of)
+
+    def cut(self, row: int, completion: Sequence[int], text_of: TextOf) -> Cut:
+        """Where a row's completion ends; a token that begins before a stop string and reaches into it is left out."""
+        text = text_of(completion)
+        found = self.find(row, text)
+        if found is None:
+            return Cut(len(completion), 0, None)
+        at, string = found
+        kept = len(completion)
+        while kept and len(text_of(completion[:kept])) > at:
+            kept -= 1
+        return Cut(kept, len(text) - at, string)
+
+
+class _StopStringsCriterion(StoppingCriteria):
+    """Whether each row's completion holds one of its stop strings."""
+
+    def __init__(self, stops: StopStrings, prompt_lens: list[int], text_of: TextOf) -> None:
+        self.stops, self.prompt_lens, self.text_of = stops, prompt_lens, text_of
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids: (B, T), each row's own text. Returns (B,) bool."""
+        texts = (self.text_of(ids[n:]) for ids, n in zip(input_ids.tolist(), self.prompt_lens, strict=True))
+        met = [self.stops.find(row, text) is not None for row, text in enumerate(texts)]
+        return torch.tensor(met, device=input_ids.device)
+
+
+def _first_and_longest(found: tuple[int, str]) -> tuple[int, int]:
+    at, string = found
+    return at, -len(string)
+
+
+def _strings_by_row(stop: Any, rows: int) -> list[tuple[str, ...]]:
+    if isinstance(stop, str):
+        return [_check_strings([stop])] * rows
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
+        raise TypeError(f"stop must be a string, a list of strings, or such a list per row, got {stop!r}")
+    if all(isinstance(string, str) for string in stop):
+        return [_check_strings(stop)] * rows
+    if len(stop) != rows:
+        raise ValueError(f"stop must be strings for all rows or one list per row, got {len(stop)} for {rows} rows")
+    return [() if strings is None else _check_strings(strings, f" for row {row}") for row, strings in enumerate(stop)]
+
+
+def _check_strings(strings: Any, where: str = "") -> tuple[str, ...]:
+    listed = [strings] if isinstance(strings, str) else strings
+    if not isinstance(listed, Sequence) or not all(isinstance(string, str) for string in listed):
+        raise TypeError(f"stop must be a string, a list of strings, or such a list per row, got {strings!r}{where}")
+    if "" in listed:
+        raise ValueError(f"a stop string must hold at least one character, got an empty one{where}")
+    return tuple(listed)

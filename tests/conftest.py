@@ -58,7 +58,7 @@ MARKER_OF_FIXTURE = {
 GROUP_OF_FIXTURE = {"weights": "weights", "weights_file": "weights", "launch": "launch", "ranks": "ranks"}
 MAY_LAUNCH = ("launches", "trains", "builds", "weights")
 # Folders whose tests compare numbers: with the plain loop, another schedule, recorded answers.
-EXACT_FOLDERS = ("sampling", "generation", "evaluation")
+EXACT_FOLDERS = ("sampling", "generation", "evaluation", "families")
 
 _started: list[str] = []  # processes started since a test's call began
 

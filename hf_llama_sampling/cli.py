@@ -275,6 +275,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-llama-sampling {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    for add in (_add_complete, _add_chat, _add_batch, _add_parity, _add_lm_eval):
+        add(commands)
+    return parser
+
+
+def _add_complete(commands: Any) -> None:
     sub = _command(commands, "complete", complete, "complete prompts, each after a BOS, and print the completions")
     sub.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="texts to complete; one per line of standard input if none"
@@ -300,6 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--logprobs", action="store_true", help="print each token's log-probability, natural logarithm")
     sub.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
 
+
+def _add_chat(commands: Any) -> None:
     sub = _command(
         commands,
         "chat",
@@ -316,6 +324,8 @@ def _parser() -> argparse.ArgumentParser:
         "--llama2-format", action="store_true", help="LLAMA2's format even if the tokenizer has a template"
     )
 
+
+def _add_batch(commands: Any) -> None:
     sub = _command(
         commands,
         "batch",
@@ -331,6 +341,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(sub, compat=False)
     _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
 
+
+def _add_parity(commands: Any) -> None:
     sub = _command(
         commands,
         "parity",
@@ -343,6 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", help="cuda, cuda:1, mps, cpu, ... (default: the first GPU, else the CPU)")
     sub.add_argument("--quick", action="store_true", help="fewer rows and batches")
 
+
+def _add_lm_eval(commands: Any) -> None:
     sub = _command(
         commands,
         "lm-eval",
@@ -359,7 +373,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--apply-chat-template", action="store_true", help="write questions in the tokenizer's own format")
     sub.add_argument("--output", metavar="FILE", help="where to write the results as JSON")
     _model_options(sub, compat=False)
-    return parser
 
 
 def _command(commands: Any, name: str, run: Any, what: str, more: str = "") -> argparse.ArgumentParser:

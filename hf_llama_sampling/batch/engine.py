@@ -55,7 +55,7 @@ class Engine:
             top_p=[request.top_p for request in batch],
             seeds=[request.seed for request in batch],
             max_seq_len=self.llama.max_seq_len,
-            eos_token_id=self.llama._eos_ids(),
+            eos_token_id=self.llama.eos_ids,
             echo=settings.prompt_logprobs,
             logprobs=settings.logprobs or settings.prompt_logprobs,
             top_logprobs=settings.top_logprobs,

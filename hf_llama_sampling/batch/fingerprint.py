@@ -42,7 +42,7 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": _hash(*_tokenizer_parts(llama.tokenizer)),
         "max_seq_len": llama.max_seq_len,
-        "eos_token_id": llama._eos_ids(),
+        "eos_token_id": llama.eos_ids,
     }
 
 

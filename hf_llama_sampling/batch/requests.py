@@ -248,7 +248,7 @@ class RecordReader:
         ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0, eos=False)
         if not ids:
             raise ValueError(f"{name} must hold at least one token, and this tokenizer makes none of {text!r}")
-        return ids
+        return self._embedded(name, ids)
 
     def _checked_tokens(self, name: str, ids: Any) -> list[int]:
         if not isinstance(ids, list):
@@ -264,7 +264,17 @@ class RecordReader:
         dialog = _with_plain_contents(dialog)
         if not self.llama.has_chat_template and is_unsafe(dialog):
             raise ValueError(UNSAFE_ERROR)
-        return self.llama.encode_dialog(dialog)
+        return self._embedded(name, self.llama.encode_dialog(dialog))
+
+    def _embedded(self, name: str, ids: list[int]) -> list[int]:
+        """The ids of a text, which a tokenizer with added tokens may not have from the model."""
+        beyond = next((token for token in ids if token >= self.vocab_size), None)
+        if beyond is not None:
+            raise ValueError(
+                f"{name} must hold tokens that the model embeds, which has {self.vocab_size}, and the tokenizer makes "
+                f"{beyond} of a part: leave it out, or resize the model's embedding"
+            )
+        return ids
 
 
 def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:

@@ -30,18 +30,18 @@ def context_of(model: Any) -> int | None:
     return int(length) if length is not None and length > 0 else None  # XLNet's -1 stands for no limit
 
 
-def check_positions(model: Any, max_seq_len: int | None) -> None:
-    """Refuse texts that are longer than the model's table of positions, learned or computed ahead, if it has one."""
+def check_positions(model: Any, columns: int | None, name: str = "a text with its new tokens") -> None:
+    """Refuse more columns than the model has positions in a table, learned or computed ahead, if it has one."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_seq_len is None or length is None or not 0 < length < max_seq_len:
+    if columns is None or length is None or not 0 < length < columns:
         return
-    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
-    tables += [name for name, buffer in model.named_buffers() if buffer.dim() == 2]
+    tables = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables += [path for path, buffer in model.named_buffers() if buffer.dim() == 2]
     tables += ["pos_encoding" for module in model.modules() if "pos_encoding" in vars(module)]  # CTRL
-    if any(_POSITION_TABLE.search(name) and not _OTHER_TOWER.search(name) for name in tables):
+    if any(_POSITION_TABLE.search(path) and not _OTHER_TOWER.search(path) for path in tables):
         raise ValueError(
-            f"max_seq_len must not exceed the {length} positions that {type(model).__name__} has a table of, got "
-            f"{max_seq_len}: lower it"
+            f"{name} must not exceed the {length} positions that {type(model).__name__} has a table of, got {columns}: "
+            "shorten it"
         )
 
 

@@ -257,7 +257,6 @@ def _lengths(
     options = call.options
     total = resolve_alias("max_seq_len", request.max_seq_len, "max_length", options.get("max_length"))
     max_seq_len = context_of(model) if total is None else check_int("max_seq_len", total, least=1)
-    check_positions(model, max_seq_len)
     check_lengths(prompts, max_seq_len)
     wanted = resolve_alias("max_gen_len", request.max_gen_len, "max_new_tokens", options.get("max_new_tokens"))
     gen_lens = choose_gen_lens(wanted, None if total is None else max_seq_len, prompts)
@@ -265,6 +264,7 @@ def _lengths(
         gen_len if max_seq_len is None else min(gen_len, max_seq_len - len(prompt))
         for gen_len, prompt in zip(gen_lens, prompts, strict=True)
     ]
+    check_positions(model, max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
     return max_seq_len, gen_lens, limits
 
 

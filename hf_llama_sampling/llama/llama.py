@@ -99,7 +99,7 @@ class Llama:
     ) -> None:
         _check_model(model)
         _check_limits(max_seq_len, max_batch_size, compat, schedule)
-        check_positions(model, max_seq_len)
+        check_positions(model, max_seq_len, "max_seq_len")
         self.tokenizer: TokenizerLike = load_tokenizer(tokenizer)
         _check_sizes(self.tokenizer, vocab_size_of(model))
         length = context_of(model) if max_seq_len is None else max_seq_len
@@ -223,7 +223,7 @@ class Llama:
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_seq_len=self.max_seq_len,
-            eos_token_id=self._eos_ids() if stop_token is None else check_int("stop_token", stop_token, least=0),
+            eos_token_id=self.eos_ids if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
             seeds=settings.seeds,
@@ -406,6 +406,14 @@ class Llama:
         return predictions
 
     @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a text: the tokenizer's EOS; with a transformers tokenizer also those of the checkpoint."""
+        ids = {self.tokenizer.eos_id} - {-1}
+        if isinstance(self.tokenizer, TransformersTokenizer):
+            ids |= set(eos_ids_of(self.model, {}))
+        return sorted(ids)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer came with a chat format of its own."""
         return isinstance(self.tokenizer, TransformersTokenizer) and self.tokenizer.has_chat_template
@@ -489,14 +497,7 @@ class Llama:
 
     def _compat(self, *, echo: bool) -> Compat:
         """The reference cuts an echoed prompt at an EOS; a BOS that is the EOS as well does not count as one."""
-        return "fixed" if echo and self.tokenizer.bos_id in self._eos_ids() else self.compat
-
-    def _eos_ids(self) -> list[int]:
-        """The tokenizer's EOS; with a transformers tokenizer also those that the checkpoint names."""
-        ids = {self.tokenizer.eos_id} - {-1}
-        if isinstance(self.tokenizer, TransformersTokenizer):
-            ids |= set(eos_ids_of(self.model, {}))
-        return sorted(ids)
+        return "fixed" if echo and self.tokenizer.bos_id in self.eos_ids else self.compat
 
     def _params(self, model: PreTrainedModel) -> SimpleNamespace:
         """The fields of the reference's `model.params`; None where the model's config has no such thing."""

@@ -331,3 +331,17 @@ def test_infinite_logprobs_become_null(llama, tmp_path, monkeypatch):
     (answer,) = ask_all(llama, tmp_path, [{"prompt_tokens": [1, 5]}], score=True)
     assert answer["prompt_logprobs"] == [0.0, None]
     assert read(tmp_path / "out") == [answer]
+
+
+def test_a_record_that_needs_a_token_which_the_model_lacks_is_refused_alone(tiny_model, tmp_path):
+    """A tokenizer may have more tokens than the model: their texts become error records, the others are answered."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["Verona"])
+    records = [{"prompt": "ROMEO:"}, {"prompt": "in Verona"}, {"messages": [{"role": "user", "content": "Verona?"}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    batch.run(
+        Llama(tiny_model, tokenizer, max_seq_len=64), tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_gen_len=2
+    )
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, True]
+    assert all("1024" in answer["error"] for answer in answers[1:])

@@ -129,5 +129,5 @@ class OutOfMemoryBackoff:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may help."""
+    """Tell errors that a smaller batch may avoid from all others."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)

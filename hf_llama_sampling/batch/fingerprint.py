@@ -1,6 +1,6 @@
-"""What tells a model, a tokenizer and this package from others, wherever they were loaded from.
+"""Fingerprint a model, its tokenizer and this package, so that a run is taken up only by those that began it.
 
-A run may be taken up only by what began it: every byte of the weights counts, and whatever else changes answers.
+Every byte of the weights counts, and everything else that changes answers; where they were loaded from does not.
 This module compares nothing and writes nothing.
 """
 
@@ -58,7 +58,7 @@ def _hash(*parts: object) -> str:
 
 
 def _digests_of_weights(model: torch.nn.Module) -> list[str]:
-    """One per parameter and buffer, in their order, hashed side by side: hashing lets other threads run."""
+    """Hash each parameter and buffer, several at a time: hashing releases Python's lock. In the order of the model."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda tensor: _digest_of_tensor(tensor.name, tensor.load()), _tensors(model)))
 
@@ -71,7 +71,7 @@ class _Tensor(NamedTuple):
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[_Tensor]:
-    """Every parameter, buffer and other saved tensor; what a weight shares comes once."""
+    """Yield every parameter, buffer and other saved tensor; tensors that weights share come once."""
     seen = set()
     for prefix, module in model.named_modules():
         transient = module._non_persistent_buffers_set
@@ -89,7 +89,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[_Tensor]:
 
 
 def _follows_the_text(module: torch.nn.Module) -> bool:
-    """Rotary factors that a forward changes with the length of its text."""
+    """Find modules whose rotary factors change with the length of the text that a forward reads."""
     kinds = getattr(module, "rope_type", None)
     found = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(kind in ("dynamic", "longrope") for kind in found)
@@ -134,7 +134,7 @@ def _adapters(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _adapter_states(model: torch.nn.Module) -> Iterator[str]:
-    """What a layer does with its adapters beside their weights: which are on, how strong, merged or not."""
+    """Describe how each layer uses its adapters, beside their weights: which are on, how strong, merged or not."""
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
             states = [getattr(module, key, None) for key in ("active_adapters", "disable_adapters", "merged_adapters")]
@@ -145,7 +145,7 @@ def _adapter_states(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _tokenizer_parts(tokenizer: TokenizerLike) -> Iterator[object]:
-    """All of a tokenizer that its file holds; of an object with Meta's five members, what it answers."""
+    """Yield all that a tokenizer's file holds; ask an object with Meta's five members for its texts instead."""
     yield from (type(tokenizer).__name__, tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id)
     wrapped = getattr(tokenizer, "tokenizer", None)
     sentencepiece = getattr(tokenizer, "sp_model", None) or getattr(wrapped, "sp_model", None)

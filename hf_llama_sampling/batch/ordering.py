@@ -55,7 +55,7 @@ def prefix_order(requests: Sequence[Request]) -> list[Request]:
 
 
 def _families(ordered: Sequence[Request]) -> Family:
-    """Requests in the order of their token ids as a tree of families."""
+    """Build the tree of families from requests that are sorted by their token ids."""
     shared = [0, *(common_length(a.prompt, b.prompt) for a, b in itertools.pairwise(ordered))]
     everything: Family = []
     to_split = [(0, len(ordered), 0, everything)]

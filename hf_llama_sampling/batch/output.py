@@ -1,6 +1,6 @@
-"""What a run shows while it works: responses on a stream, in the input's order, and a progress bar.
+"""Show a run while it works: responses on a stream, in the input's order, and a progress bar.
 
-This module keeps nothing: see `store` and `shards`.
+This module keeps nothing: `store` and `shards` do.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ PROMPTS = ("prompt", "prompt_tokens", "messages")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens", "max_completion_tokens")
 SETTINGS = ("temperature", "top_p", *LIMITS, "seed")
 IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", "uid", "uuid", "_id")
-# What a response holds: a kept field may not have one of these names.
+# Fields of a response: a kept field may not have one of these names.
 RESPONSE_FIELDS = {
     *("id", "generation", "tokens", "finish_reason", "seed", "logprobs", "top_logprobs"),
     *("prompt_tokens", "prompt_logprobs", "error", "line"),
@@ -135,14 +135,14 @@ class RecordReader:
             return respond_with_error(index, find_value(line, self.id_names) or "null", str(error))
 
     def content(self, line: bytes) -> bytes:
-        """What a record says, whatever its spacing and the order of its fields; a line that is no record, as it is."""
+        """Spell a record in one way, whatever its spacing and the order of its fields; other lines stay as they are."""
         try:
             return canonical_record(self._fields(line), self.used).encode()
         except ValueError:
             return b"!" + line.strip()
 
     def _fields(self, line: bytes) -> dict[str, Field]:
-        """A record's fields. Those in the `body` of a request to an OpenAI-like server count as the record's own."""
+        """Read a record's fields; those in the `body` of a request to an OpenAI-like server count as its own."""
         record = read_record(line, self.used)
         if "body" in record and "custom_id" in record and not any(name in record for name in self.prompt_names):
             body = record["body"].json
@@ -181,7 +181,7 @@ class RecordReader:
     # Fields
 
     def _check_names(self, record: dict[str, Field]) -> None:
-        """Data that no rule names is left out or kept; a setting that cannot be honoured is refused by name."""
+        """Refuse settings that cannot be honoured, by name; note which data fields are left out."""
         asked_for = () if isinstance(self.names.keep, bool) else self.names.keep
         for name, field in record.items():
             if name in self.used or name in self.id_names or name in asked_for:
@@ -278,7 +278,7 @@ class RecordReader:
 
 
 def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:
-    """Messages whose contents are lists of text parts, with one text in place of each list; parts become lines."""
+    """Replace contents that are lists of text parts by one text, a line for each part."""
     messages = []
     for i, message in enumerate(dialog):
         parts = message.get("content")
@@ -302,7 +302,7 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _misspelled(name: str) -> str | None:
-    """The setting that a name most likely means; a mistyped setting must not be taken for data."""
+    """Guess the setting that a name means, or None: a mistyped setting must not be taken for data."""
     plain = name.lower().replace("-", "").replace("_", "")
     settings = {setting.replace("_", ""): setting for setting in SETTINGS}
     long = [setting for setting in settings if len(setting) > 6]
@@ -356,7 +356,7 @@ class InputIndex:
         self.stamp = _stamp(file)
 
     def check_unchanged(self, file: BinaryIO) -> None:
-        """Nobody writes to the input while it is read.
+        """Check that nobody has written to the input since the first pass.
 
         Raises:
             ValueError: it is not as it was in the first pass.

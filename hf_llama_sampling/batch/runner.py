@@ -159,7 +159,7 @@ def _rows(llama: Llama, batch_size: int | None) -> int:
 
 
 class Job(NamedTuple):
-    """What a run is to do, and where; the same in every process but for `state`."""
+    """The work of a run and its settings; the same in every process but for `state`."""
 
     llama: Llama
     settings: RunSettings
@@ -392,7 +392,7 @@ def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespac
 
 
 def _occupy_standard_descriptors() -> None:
-    """Where standard streams are closed, keep their numbers from files that we open: libraries write to 1 and 2."""
+    """Give the numbers of closed standard streams to /dev/null: libraries write to 1 and 2, which may be our files."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -403,7 +403,7 @@ def _occupy_standard_descriptors() -> None:
 def _run_with(
     arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Llama], state: PartialState
 ) -> Summary:
-    # What is wrong with the files shows before the weights are loaded.
+    # Refuse bad file names before the weights are loaded.
     directory = None if arguments.output == STREAM else RunDirectory(arguments.output)
     if arguments.output == STREAM:
         standard_bytes("stdout")

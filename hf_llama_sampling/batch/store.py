@@ -32,7 +32,7 @@ _CACHED = 90.0  # seconds after which a network file system shows every machine 
 
 
 class Summary(NamedTuple):
-    """What a run came to.
+    """The totals of a run.
 
     `records` and `errors` count lines of the output, `tokens` those generated (or scored) for it, by whichever run;
     `answered` counts the lines that this run added, on all processes together, and `seconds` is what it took.
@@ -107,10 +107,10 @@ class RunDirectory:
     def _shard(self, process: int) -> Path:
         return self.path / f"shard-{process:05d}"
 
-    # What is there already
+    # Files from before
 
     def resume_state(self, manifest: dict[str, Any], existing: Existing) -> ResumeState:
-        """What there is of this output already, and so what is to be done.
+        """Look at what exists of this output, and decide how to go on.
 
         Raises:
             Refused: it was not made with this input and these settings, or no run made it.
@@ -155,7 +155,7 @@ class RunDirectory:
             )
 
     def _is_ours(self, old: dict[str, Any] | None) -> bool:
-        """Whether the output holds the very bytes that the run wrote, or was about to write when it was killed."""
+        """Compare the output with the digests of what the run wrote, or was about to write when it was killed."""
         digests = (old or {}).get("outputs", [])
         return bool(digests) and _digest_of(self.output) in digests
 
@@ -283,7 +283,7 @@ class RunDirectory:
         return Summary(manifest["input"]["records"], manifest["errors"], manifest["tokens"], 0, 0.0)
 
     def _known_outputs(self) -> list[str]:
-        """Digests of what may stand there as a run's own output."""
+        """Read the digests of outputs that runs have written here."""
         with contextlib.suppress(Refused):
             return list((self._read_manifest() or {}).get("outputs", []))
         return []
@@ -325,7 +325,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _access_of(status: os.stat_result) -> int:
-    """Permission bits for files made from an input: nobody reads them who may not read the input."""
+    """Compute the permission bits of files made from an input: nobody reads them who may not read the input."""
     mode = status.st_mode
     if not stat.S_ISREG(mode) or os.name != "posix":
         return 0o777
@@ -341,7 +341,7 @@ def _restrict(path: Path, access: int) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether there is such a file, now or soon."""
+    """Wait for a file to appear, as long as a network file system may hide it; True if it did."""
     deadline = time.monotonic() + _CACHED
     while not path.exists():
         if time.monotonic() > deadline:
@@ -359,7 +359,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Names in a folder are kept like its files; Windows does so by itself."""
+    """Sync a folder's names to the disk; Windows does so by itself."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -24,10 +24,16 @@ def process_state() -> PartialState:
 
     Raises:
         ValueError: accelerate was set up before for another number of processes than the launcher started.
+        ConnectionError: another process ended before all had met.
     """
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # Without an accelerator accelerate sees the processes only if it is told that they run on the CPU.
-    state = PartialState(cpu=wanted or not _has_accelerator(), timeout=_TIMEOUT)
+    try:
+        state = PartialState(cpu=wanted or not _has_accelerator(), timeout=_TIMEOUT)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        raise _lost() from error
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
         raise ValueError(

@@ -142,7 +142,9 @@ class RunDirectory:
     def _refuse_foreign_files(self, old: dict[str, Any] | None) -> None:
         """A run replaces its own output and its own directory only."""
         if not self.manifest_file.exists():
-            unknown = [path for path in self.path.glob("*") if not path.match("shard-*") or path.stat().st_size]
+            killed = self.manifest_file.with_name("run.json.new")  # left by a run that was killed as it began
+            found = [path for path in self.path.glob("*") if path != killed]
+            unknown = [path for path in found if not path.match("shard-*") or path.stat().st_size]
             if unknown:
                 raise Refused(
                     f"the folder {str(self.path)!r} is needed for the files of the run, and {unknown[0].name!r} in "

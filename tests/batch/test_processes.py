@@ -62,14 +62,16 @@ def test_killed_again_and_again(tmp_path, launch):
     """One run, killed up to eight times, at changing process counts, before it may complete."""
     source = write(tmp_path / "in", some_records(160))
     options = {"max_gen_len": 8, "batch_size": 4}
-    assert launch(count=1, input=source, output=tmp_path / "whole", options=options).codes == [0]
+    whole = launch(count=1, input=source, output=tmp_path / "whole", options=options)
+    assert whole.codes == [0], whole.stderr
     rng = random.Random(1)
     output = tmp_path / "out"
     for number in range(8):
         count = (3, 2, 1)[number % 3]
         kill = {"after": rng.uniform(0.05, 0.25), "ranks": list(range(count))}
         launch(count=count, input=source, output=output, options=options, kill=kill)
-    assert launch(count=1, input=source, output=output, options=options).codes == [0]
+    ended = launch(count=1, input=source, output=output, options=options)
+    assert ended.codes == [0], ended.stderr
     assert filecmp.cmp(output, tmp_path / "whole", shallow=False)
 
 
@@ -79,7 +81,7 @@ def test_a_refusal_on_many_processes_changes_nothing(llama, tmp_path, launch):
     batch.run(llama, source, tmp_path / "out", **SETTINGS)
     before = (tmp_path / "out").read_bytes()
     ended = launch(count=2, input=source, output=tmp_path / "out", options={**SETTINGS, "seed": 9})
-    assert ended.codes == [2, 2] and "seed was 3 and is 9" in ended.stderr
+    assert ended.codes == [2, 2] and "seed was 3 and is 9" in ended.stderr, ended.stderr
     ended = launch(count=2, input=source, output="-", options=SETTINGS)
     assert ended.codes == [2, 2] and "standard streams belong to one process" in ended.stderr
     assert (tmp_path / "out").read_bytes() == before

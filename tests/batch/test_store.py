@@ -192,6 +192,15 @@ def test_killed_between_the_last_steps(llama, tmp_path, monkeypatch, step):
     assert sorted(os.listdir(tmp_path / "out.run")) == ["keys", "run.json"]
 
 
+def test_killed_as_it_began(llama, tmp_path):
+    """A manifest that had not got its name yet is a run's own: the next run begins anew."""
+    expected = ask_all(llama, tmp_path, some_records(2), name="whole")
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "run.json.new").write_text("{")
+    (tmp_path / "out.run" / "shard-00000").touch()
+    assert ask_all(llama, tmp_path, some_records(2)) == expected
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 128 KB."""

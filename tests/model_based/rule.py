@@ -64,6 +64,7 @@ class Row:
     sampled: list[float] = field(default_factory=list)  # per new token, its logprob after temperature and nucleus
     reason: str = "length"
     open: bool = False  # rounding could have drawn another token
+    empty: bool = False  # the edits leave nothing to draw
 
     @property
     def text(self) -> list[int]:
@@ -118,8 +119,12 @@ def grow(
     for draw in draws[: row.limit]:
         raw = logits_after(tuple(row.text))[-1]
         logits = functools.reduce(lambda scores, edit: edit(row.text, scores, row), edits, raw.clone())
+        row.empty = not logits.isfinite().any()
+        if row.empty:
+            return
         token = greedy(row.text, logits) if temperature == 0 else draw(row.text, logits)
         kept = nucleus(logits, temperature, top_p)
+        row.open |= token not in kept
         for _ in range(4):
             other = logits + rounding(raw) * (torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1)
             again = greedy(row.text, other) if temperature == 0 else draw(row.text, other)

@@ -87,6 +87,10 @@ def test_any_call_equals_the_rule(call):
     hypothesis.assume(not any(row.open for row in rows if row is not None))
     asked: dict[str, Any] = call.keywords()
     torch.manual_seed(call.one_seed())
+    if any(row.empty for row in rows if row is not None):
+        with pytest.raises(ValueError, match=r"position \d+ of row \d+"):
+            tiny().generate(**asked)
+        return
     out = tiny().generate(**asked)
 
     more = {"echo", "logprobs", "top_logprobs", "return_dict_in_generate"} & call.wanted.keys()

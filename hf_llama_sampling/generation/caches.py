@@ -41,8 +41,35 @@ def take_row(cache: Any, row: int) -> Any:
 
 
 def select_rows(cache: Any, rows: Tensor) -> Any:
-    """These rows of a cache (B rows), copied: a row may be taken several times. `rows` is (N,)."""
-    return _with_tensors(cache, lambda states: states.index_select(0, rows.to(states.device)))
+    """A cache of these rows of a cache, copied: a row may be taken several times. `rows` is (N,).
+
+    Recurrent states are copied too, where a cache has any.
+    """
+    if can_be_shared(cache):
+        return _with_tensors(cache, lambda states: states.index_select(0, rows.to(states.device)))
+    cache.reorder_cache(rows)
+    return cache
+
+
+def lay_out(cache: Any, places: Tensor, config: Any) -> Any:
+    """A cache for rows that hold the columns of a prefix behind padding of their own.
+
+    Args:
+        cache: the prefix's (1 row), without windows.
+        places: (B, T), for each row and column the column of the prefix that stands there.
+        config: the model's; layers with a sliding window take what it covers.
+    """
+    laid_out = DynamicCache(config=config)
+    straight = bool((places == places[:1]).all())
+    for index, layer in enumerate(cache.layers):
+        keys, values = (
+            states.expand(len(places), *states.shape[1:])
+            if straight
+            else states[0][:, places.to(states.device)].transpose(0, 1)
+            for states in (layer.keys, layer.values)
+        )  # (B, heads, T, size)
+        laid_out.update(keys, values, index)
+    return laid_out
 
 
 def drop_last(cache: Any, columns: int) -> Any:

@@ -5,7 +5,7 @@ What this module does not do: it generates nothing, and sees no text.
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,14 @@ class LlamaContinuationOutput(ModelOutput):
 
 
 def continuations_scored(
-    model: Any, contexts: Any, continuations: Any, *, bos: int | bool | None, chunk_bytes: int, cache_bytes: int
+    model: Any,
+    generate: Callable[..., Any],
+    contexts: Any,
+    continuations: Any,
+    *,
+    bos: int | bool | None,
+    chunk_bytes: int,
+    cache_bytes: int,
 ) -> LlamaContinuationOutput:
     """The work of `LlamaGenerationMixin.score_continuations`."""
     chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
@@ -50,7 +57,7 @@ def continuations_scored(
     ]
     flat = [text for row in texts for text in row]
     rows = [row for row, listed_here in enumerate(texts) for _ in listed_here]
-    score_texts(model, flat, rows=rows, top=0, greedy=True, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
+    score_texts(model, generate, flat, rows=rows, top=0, greedy=True, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
     logprobs = [[text.logprobs() for text in row] for row in texts]
     return LlamaContinuationOutput(
         totals=[[math.fsum(values) for values in row] for row in logprobs],

@@ -22,6 +22,7 @@ from .edits import CallersCriteria, LogitEdits
 from .options import FOR_THE_LOOP, Call
 from .plan import Plan
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
+from .sharing import share_prefill
 
 NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
 _HANDED_ON = ("synced_gpus", "streamer")
@@ -209,6 +210,11 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
         elif plan.start > 1:
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
+    shared = share_prefill(model, generate, plan, call, scored=scorer is not None)
+    if shared is not None:
+        arguments["past_key_values"] = shared.cache
+        if scorer is not None:
+            scorer.take(shared.scores, shared.bad)
     output = generate(ids, attention_mask=mask, observer=scorer, **arguments)
     refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
     stops = row_stops(plan, state, output.sequences)

@@ -60,6 +60,7 @@ class LlamaGenerationMixin(GenerationMixin):
         schedule: Schedule = "auto",
         compat: Compat = "fixed",
         chunk_bytes: int = CHUNK_BYTES,
+        share_prefix: bool | None = None,
         **kwargs: Any,
     ) -> "LlamaGenerateOutput | Tensor":
         r"""Complete a batch of prompts as LLAMA2 does (facebookresearch/llama, ``llama/generation.py``).
@@ -88,6 +89,11 @@ class LlamaGenerationMixin(GenerationMixin):
             compat (`"fixed"` or `"meta"`): `"meta"` keeps the reference's quirks (see docs/coming-from-llama.md).
             chunk_bytes (`int`): memory for the logits of one chunk of prompt when logprobs are echoed, 128 MiB if not
                 given. Each chunk reads all weights once more, so much less of it costs time.
+            share_prefix (`bool`, *optional*): whether rows share the prefill of what they have in common: equal prompts
+                (the copies of `num_return_sequences` among them), and what all prompts begin with. If not given, they
+                do where that saves more than it costs, unless `schedule="reference"` was asked for by name, which is
+                the reference bit for bit. The tokens are the same up to the rounding of the logits. Where a model's
+                caches do not allow it, nothing is shared.
             kwargs: everything else that transformers' `generate` takes: `attention_mask`, `eos_token_id` (an id or a
                 list), `logits_processor`, `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`,
                 `num_return_sequences`, `repetition_penalty`, ...
@@ -123,6 +129,7 @@ class LlamaGenerationMixin(GenerationMixin):
             schedule=schedule,
             compat=compat,
             chunk_bytes=chunk_bytes,
+            share_prefix=share_prefix,
         )
         plan = make_plan(self, prompts, call, request)
 
@@ -186,7 +193,9 @@ class LlamaGenerationMixin(GenerationMixin):
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
         rows = read_prompts(prompts, attention_mask, vocab_size_of(self))
         check_lengths(rows, context_of(self), name="the model's context")
-        scores = score_rows(self, rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
+        scores = score_rows(
+            self, _transformers_generate(self), rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
+        )
         return LlamaScoreOutput(
             logprobs=[row.logprobs for row in scores],
             top_logprobs=[row.top_logprobs for row in scores] if top else None,
@@ -228,7 +237,13 @@ class LlamaGenerationMixin(GenerationMixin):
         """
         refuse_encoder_decoder(self)
         return continuations_scored(
-            self, contexts, continuations, bos=bos, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
+            self,
+            _transformers_generate(self),
+            contexts,
+            continuations,
+            bos=bos,
+            chunk_bytes=chunk_bytes,
+            cache_bytes=cache_bytes,
         )
 
 

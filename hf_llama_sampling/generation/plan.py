@@ -36,6 +36,7 @@ class Request:
     schedule: Schedule
     compat: Compat
     chunk_bytes: int
+    share_prefix: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ class Plan:
     top_logprobs: int  # best tokens per position
     compat: Compat  # "meta" keeps the reference's quirks
     chunk_bytes: int  # memory for the logits of one chunk of prompt
+    share_prefix: bool | None  # whether rows share the prefill of what they have in common; None: where it pays
     vocab_size: int  # ids that the model can embed
     device: torch.device  # of token ids
     broadcast_tokens: Callable[[Tensor], Tensor] | None  # makes the ranks of a parallel model take the same tokens (B,)
@@ -216,10 +218,18 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         top_logprobs=top_logprobs,
         compat=request.compat,
         chunk_bytes=chunk_bytes,
+        share_prefix=_share_prefix(request),
         vocab_size=vocab_size,
         device=device,
         broadcast_tokens=token_broadcast(model),
     )
+
+
+def _share_prefix(request: Request) -> bool | None:
+    """Whether to share, as asked. The reference's own schedule asked for by name is its bit for bit, without."""
+    if request.share_prefix not in (None, True, False):
+        raise TypeError(f"share_prefix must be True, False or None (share where it pays), got {request.share_prefix!r}")
+    return False if request.share_prefix is None and request.schedule == "reference" else request.share_prefix
 
 
 def _sampling_settings(

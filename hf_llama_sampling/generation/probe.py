@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, cache_utils
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
+from .caches import can_be_shared
 from .model_info import device_of, length_limit, vocab_size_of
 
 # What was found, by model: a name of the question, and the answer.
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
-
-# Layers of a cache that hold keys and values alone.
-_KEYS_AND_VALUES = tuple(
-    getattr(cache_utils, name) for name in ("DynamicLayer", "DynamicSlidingWindowLayer") if hasattr(cache_utils, name)
-)
 
 
 def reads_in_chunks(model: Any, generate: Callable[..., Any], width: int) -> bool:
@@ -41,6 +37,14 @@ def reads_in_chunks(model: Any, generate: Callable[..., Any], width: int) -> boo
 def honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
     """Whether a row's logits stay what they are alone when padding, masked, stands before it."""
     return _found(model, "padding", lambda: _honours_padding(model, generate))
+
+
+def repeats_rows(model: Any, generate: Callable[..., Any], width: int) -> bool:
+    """Whether rows may go on, token by token, from copies of one row's cache of `width` tokens."""
+    limit = length_limit(model)
+    if limit is not None and width > limit:
+        return False
+    return _found(model, "rows", lambda: _repeats_rows(model, generate))
 
 
 def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
@@ -68,12 +72,28 @@ def _reads_in_chunks(model: Any, generate: Callable[..., Any]) -> bool:
     ids = _some_ids(model, 8)[None]
     try:
         whole, cache = _logits(generate, ids, torch.ones_like(ids))
-        if type(cache) is not DynamicCache or not all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers):
+        if not can_be_shared(cache):
             return False
         chunked, _ = _logits(generate, ids, torch.ones_like(ids), prefill_chunk_size=3)
     except Exception:  # whatever a model says to a chunk, it does not take it
         return False
     return _equal(chunked, whole, model.dtype)
+
+
+def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
+    ids = _some_ids(model, 8).expand(2, -1)
+    try:
+        whole, _ = _logits(generate, ids, torch.ones_like(ids))
+        config = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True)
+        first = generate(ids[:1, :-1], attention_mask=torch.ones_like(ids[:1, :-1]), generation_config=config)
+        cache = first.past_key_values
+        if type(cache) is not DynamicCache or cache.get_seq_length() != 7:
+            return False
+        cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
+        repeated, _ = _logits(generate, ids, torch.ones_like(ids), past_key_values=cache)
+    except Exception:  # a cache of another kind, or one that is not taken
+        return False
+    return _equal(repeated, whole, model.dtype)
 
 
 def _honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
@@ -94,12 +114,15 @@ def _some_ids(model: Any, count: int) -> Tensor:
     return torch.arange(1, count + 1, device=device_of(model)) * 37 % vocab_size_of(model)
 
 
-def _logits(generate: Callable[..., Any], ids: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Any]:
+def _logits(
+    generate: Callable[..., Any], ids: Tensor, mask: Tensor, past_key_values: Any = None, **options: Any
+) -> tuple[Tensor, Any]:
     """The logits of three steps after ids (B, T), (B, 3, V), and the cache."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **options
     )
-    output = generate(ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(int(ids[0, 0]))])
+    given = {} if past_key_values is None else {"past_key_values": past_key_values}
+    output = generate(ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(1)], **given)
     return torch.stack(output.logits, 1), output.past_key_values
 
 

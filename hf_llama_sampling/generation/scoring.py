@@ -140,10 +140,7 @@ class PromptScorer:
         output = forward(*args, **kwargs)
         logits = output.logits  # (B, width or more, V), on the last device of a model that is spread over several
         if logits.shape[1] < width:
-            raise ValueError(
-                f"logprobs of a prompt need the logits of all its positions, and {self.name} gives {logits.shape[1]} "
-                f"for {width}: leave out echo and logprobs, or take another model"
-            )
+            raise ValueError(too_few_logits(self.name, logits.shape[1], width))
         # Soft prompts stand before a text's own columns.
         self._score(logits[:, -width:], self.targets[:, self.seen : self.seen + width])
         self.seen += width
@@ -159,6 +156,17 @@ class PromptScorer:
         self.parts.append(TokenScores(*(column.to(targets.device) for column in scores)))
         self.bad.append(bad.to(targets.device))
 
+    def take(self, scores: TokenScores | None, bad: Tensor | None) -> None:
+        """Take over the scores of the first columns, which were prefilled before."""
+        if scores is not None and bad is not None:
+            self.parts.append(scores)
+            self.bad.append(bad)
+            self.seen = bad.shape[1]
+
+    def found(self) -> tuple[TokenScores, Tensor]:
+        """The scores of all targets, and (B, T) whether a column's logits hold nan or inf."""
+        return concatenate(self.parts), torch.cat(self.bad, dim=1)
+
     def scores(self, offsets: Sequence[int], real: Tensor | None = None) -> TokenScores:
         """The scores of all targets.
 
@@ -169,14 +177,14 @@ class PromptScorer:
         Raises:
             ValueError: a logit is nan or inf in a column that means something; row and position are named.
         """
-        bad = torch.cat(self.bad, dim=1)
+        scores, bad = self.found()
         first = torch.tensor(offsets, device=bad.device)[:, None]
         columns = torch.arange(bad.shape[1], device=bad.device)
         bad = bad & ((columns >= first) if real is None else real != 0)
         if bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
             raise nonfinite(row, 1 + column - offsets[row])
-        return concatenate(self.parts)
+        return scores
 
 
 def score_prompts(
@@ -240,9 +248,21 @@ def chunk_of(model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_
     if columns >= width:
         return None
     if not reads_in_chunks(model, generate, width):
-        raise ValueError(
-            f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has "
-            f"none: raise chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}, so that one chunk "
-            "holds it all"
-        )
+        raise ValueError(needs_one_chunk(model, batch, width))
     return columns
+
+
+def too_few_logits(name: str, found: int, width: int) -> str:
+    """The refusal of a model whose forward gives fewer logits than were asked for."""
+    return (
+        f"logprobs of a prompt need the logits of all its positions, and {name} gives {found} for {width}: leave out "
+        "echo and logprobs, or take another model"
+    )
+
+
+def needs_one_chunk(model: Any, batch: int, width: int) -> str:
+    """The refusal of several chunks, with the budget that one needs."""
+    return (
+        f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has none: "
+        f"raise chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}, so that one chunk holds it all"
+    )

@@ -8,7 +8,7 @@ does not check what callers give.
 import inspect
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..checks import nonfinite
-from .caches import bytes_per_column, can_be_shared, drop_last, repeat_rows, take_row, window_of
+from .caches import bytes_per_column, drop_last, repeat_rows, take_row, window_of
 from .model_info import device_of, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
-from .scoring import RowScores, bytes_for, columns_per_chunk, nonfinite_rows
+from .probe import reads_in_chunks
+from .scoring import RowScores, columns_per_chunk, needs_one_chunk, nonfinite_rows, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
@@ -31,6 +33,11 @@ _FORWARD_COST_ELSEWHERE = 256
 _PIECES = 16
 
 
+def forward_cost(device: torch.device) -> int:
+    """What one more forward costs, in tokens."""
+    return _FORWARD_COST.get(device.type, _FORWARD_COST_ELSEWHERE)
+
+
 class CacheFacts(NamedTuple):
     """How a model's cache of a prefix may be shared."""
 
@@ -38,13 +45,14 @@ class CacheFacts(NamedTuple):
     window: int | None  # the shortest sliding window
 
 
-# By model, and by whether it is in training mode and its dtype; None where its caches are not shared.
+# By model and dtype; None where its caches are not shared.
 _FACTS: "weakref.WeakKeyDictionary[Any, dict[Any, CacheFacts | None]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
 def score_texts(
     model: Any,
+    generate: Callable[..., Any],
     texts: Sequence[Text],
     *,
     rows: Sequence[int],
@@ -56,6 +64,9 @@ def score_texts(
     """Compute what the texts' methods then answer: logprobs, best tokens, whether a token is the greedy one.
 
     Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model, which takes an `observer`.
+        texts: what to score.
         rows: the row of each text in the caller's list, for errors.
         top: how many best tokens to note at each position that is read.
         greedy: whether to note the most probable token at each.
@@ -70,7 +81,15 @@ def score_texts(
     limit = length_limit(model)
     by_length = limit is not None and longest > limit
     root = grow(texts, shared=not by_length)
-    walk = _Walk(model, top=top, greedy=greedy, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes, by_length=by_length)
+    walk = _Walk(
+        model,
+        generate,
+        top=top,
+        greedy=greedy,
+        chunk_bytes=chunk_bytes,
+        cache_bytes=cache_bytes,
+        by_length=by_length,
+    )
     try:
         walk.run(root)
     except _NonFinite as found:
@@ -79,12 +98,25 @@ def score_texts(
 
 
 def score_rows(
-    model: Any, prompts: list[list[int]], *, top: int, chunk_bytes: int, cache_bytes: int
+    model: Any,
+    generate: Callable[..., Any],
+    prompts: list[list[int]],
+    *,
+    top: int,
+    chunk_bytes: int,
+    cache_bytes: int,
 ) -> list[RowScores]:
     """Scores of whole texts, 0.0 and no best tokens for each one's first token."""
     texts = [Text(np.array(prompt, np.int32), 1) for prompt in prompts]
     score_texts(
-        model, texts, rows=range(len(texts)), top=top, greedy=False, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
+        model,
+        generate,
+        texts,
+        rows=range(len(texts)),
+        top=top,
+        greedy=False,
+        chunk_bytes=chunk_bytes,
+        cache_bytes=cache_bytes,
     )
     return [RowScores([0.0, *text.logprobs()], [[], *text.top()] if top else []) for text in texts]
 
@@ -96,26 +128,71 @@ class _NonFinite(Exception):
         self.edge, self.index = edge, index
 
 
-def try_sharing(model: Any, tokens: Ids, device: torch.device) -> CacheFacts | None:
-    """Forward a few tokens whole, then in parts: two rows go on after the cache of the first three tokens.
+class _ColumnReader:
+    """Stands between the loop and the model's forward: asks for the logits of some columns, and keeps them.
 
-    None if the cache is of a kind that is not shared, or the logits differ: such a model is forwarded text by text.
+    Args:
+        name: of the model, for errors.
+        columns: (C,) columns of this forward; if there are none, the last one's logits are asked for, and not kept.
+        width: columns of this forward.
     """
-    ids = torch.as_tensor(tokens, device=device)[None].long()
-    try:
-        cache = getattr(model(ids[:, :3], use_cache=True, return_dict=True), "past_key_values", None)
-        if not can_be_shared(cache):
-            return None
-        whole = model(ids, use_cache=False, return_dict=True).logits[0, 3:].float()
-        two = repeat_rows(cache, 2)
-        parts = model(ids[:, 3:].expand(2, -1), past_key_values=two, use_cache=True, return_dict=True).logits
-    except Exception:  # no such argument, no such shape: whatever is wrong, texts are forwarded whole
-        return None
-    # Rounding, at the size of the logits. A cache that is not continued is off by far more.
-    allowed = min(0.1, 1000 * torch.finfo(parts.dtype).eps) * whole.abs().max()
-    if not bool((parts.float() - whole).abs().max() <= allowed):
-        return None
-    return CacheFacts(bytes_per_column(cache), window_of(cache))
+
+    def __init__(self, name: str, columns: Tensor, width: int) -> None:
+        self.name, self.columns, self.width = name, columns, width
+        self.logits: Tensor | None = None  # (B, C, V), on the last device of a model that is spread over several
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Forward; the loop gets the last logits, which nobody reads."""
+        count = len(self.columns)
+        if count and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = self.columns if count < self.width else 0
+        output = forward(*args, **kwargs)
+        logits = output.logits
+        if count:
+            if logits.shape[1] < self.width and logits.shape[1] != count:
+                raise ValueError(too_few_logits(self.name, logits.shape[1], self.width))
+            # Soft prompts stand before a text's own columns.
+            own = logits[:, -self.width :]
+            self.logits = own if own.shape[1] == count else own[:, self.columns.to(logits.device)]
+        output.logits = logits[:, -1:]
+        return output
+
+
+def forward_columns(
+    model: Any, generate: Callable[..., Any], ids: Tensor, cache: Any, columns: Tensor, *, use_cache: bool
+) -> tuple[Tensor | None, Any]:
+    """Let transformers' loop prefill `ids` for one token that nobody reads.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model, which takes an `observer`.
+        ids: (B, T), what the cache holds included.
+        cache: of the first columns, or None.
+        columns: (C,) the new columns whose logits are read, counted from the first new one.
+        use_cache: whether to return the cache.
+
+    Returns:
+        the logits (B, C, V), None if there are no columns, and the cache of all T columns.
+    """
+    held = 0 if cache is None else int(cache.get_seq_length())
+    reader = _ColumnReader(type(model).__name__, columns, ids.shape[1] - held)
+    config = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True, use_cache=use_cache)
+    given = {} if cache is None else {"past_key_values": cache}
+    mask = torch.ones_like(ids)
+    output = generate(ids, attention_mask=mask, generation_config=config, observer=reader, **given)
+    return reader.logits, output.past_key_values if use_cache else None
+
+
+def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:
+    """How a model's cache of a prefix may be shared, found out once; None if it may not."""
+    known = _FACTS.setdefault(model, {})
+    if model.dtype not in known:
+        known[model.dtype] = None
+        if reads_in_chunks(model, generate, 1):
+            ids = torch.ones(1, 3, dtype=torch.long, device=device_of(model))
+            _, cache = forward_columns(model, generate, ids, None, ids[0, :0], use_cache=True)
+            known[model.dtype] = CacheFacts(bytes_per_column(cache), window_of(cache))
+    return known[model.dtype]
 
 
 @dataclass(eq=False)
@@ -131,7 +208,8 @@ class _Frame:
     """An edge whose cache is held, and the batches of steps below it that are still to be forwarded."""
 
     edge: Edge
-    cache: Any = None  # 1 row; None at the root
+    before: Ids  # the tokens up to its end
+    cache: Any = None  # of them, 1 row; None at the root
     store: _Store | None = None
     batches: list[list[Step]] | None = None
 
@@ -140,22 +218,30 @@ class _Walk:
     """One walk: a stack of frames, and what their caches take."""
 
     def __init__(
-        self, model: Any, *, top: int, greedy: bool, chunk_bytes: int, cache_bytes: int, by_length: bool
+        self,
+        model: Any,
+        generate: Callable[..., Any],
+        *,
+        top: int,
+        greedy: bool,
+        chunk_bytes: int,
+        cache_bytes: int,
+        by_length: bool,
     ) -> None:
-        self.model, self.top, self.greedy = model, top, greedy
+        self.model, self.generate, self.top, self.greedy = model, generate, top, greedy
         self.chunk_bytes, self.cache_bytes, self.by_length = chunk_bytes, cache_bytes, by_length
         self.device = device_of(model)
         self.vocab_size = vocab_size_of(model)
         self.most_read = columns_per_chunk(1, self.vocab_size, chunk_bytes)  # columns of logits in one forward
         self.skips_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.most_tokens = max(_FORWARD_TOKENS, self.most_read) if self.skips_logits else self.most_read
-        self.least = _FORWARD_COST.get(self.device.type, _FORWARD_COST_ELSEWHERE)
+        self.least = forward_cost(self.device)
         self.held = 0  # bytes
         self.facts: CacheFacts | None = None
 
     def run(self, root: Edge) -> None:
         """Forward every edge."""
-        stack = [_Frame(root)]
+        stack = [_Frame(root, root.tokens)]
         while stack:
             frame = stack[-1]
             if frame.batches is None:
@@ -169,21 +255,26 @@ class _Walk:
                 stack.pop()
                 frame.cache = None
             cache = None if cache is None else repeat_rows(cache, len(steps))
-            cache = self.forward(steps, cache)
+            cache = self.forward(frame.before, steps, cache)
             if not frame.batches:
                 self.release(store)
             if not steps[0].is_leaf:
-                stack += self.frames(steps, cache)
+                stack += self.frames(frame.before, steps, cache)
             del cache
 
-    def frames(self, steps: list[Step], cache: Any) -> list[_Frame]:
+    def frames(self, before: Ids, steps: list[Step], cache: Any) -> list[_Frame]:
         """A frame for each row of a batch; the heaviest is walked last."""
         width = max(len(step.tokens) for step in steps)
         store = _Store(len(steps) * self.bytes_of(steps[0].start + width), len(steps))
         self.held += store.size
         rows = sorted(range(len(steps)), key=lambda row: -steps[row].last.weight)
         return [
-            _Frame(steps[row].last, drop_last(take_row(cache, row), width - len(steps[row].tokens)), store)
+            _Frame(
+                steps[row].last,
+                np.concatenate([before, steps[row].tokens]),
+                drop_last(take_row(cache, row), width - len(steps[row].tokens)),
+                store,
+            )
             for row in rows
         ]
 
@@ -200,21 +291,10 @@ class _Walk:
 
     def keeps(self, step: Step) -> bool:
         """Whether a step's cache is kept for the texts below it: if that saves more than it costs, and fits."""
-        if len(step.tokens) * (len(step.last.children) - 1) < self.least or not self.can_share(step.tokens):
+        if self.by_length or len(step.tokens) * (len(step.last.children) - 1) < self.least:
             return False
-        return self.held + self.bytes_of(step.end + step.last.longest) <= self.cache_bytes
-
-    def can_share(self, tokens: Ids) -> bool:
-        """Whether this model's caches of a prefix may be shared; tried once per model, on these tokens."""
-        if self.by_length:
-            return False
-        if self.facts is None:
-            known = _FACTS.setdefault(self.model, {})
-            mode = (self.model.training, self.model.dtype)
-            if mode not in known:
-                known[mode] = try_sharing(self.model, np.resize(tokens, 8), self.device)
-            self.facts = known[mode]
-        return self.facts is not None
+        self.facts = cache_facts(self.model, self.generate)
+        return self.facts is not None and self.held + self.bytes_of(step.end + step.last.longest) <= self.cache_bytes
 
     def batches(self, frame: _Frame) -> list[list[Step]]:
         """The steps below a frame in batches, to be taken from the end: leaves first, the heaviest step last."""
@@ -257,40 +337,32 @@ class _Walk:
                 read = columns
         return packed
 
-    def forward(self, steps: list[Step], cache: Any) -> Any:
+    def forward(self, before: Ids, steps: list[Step], cache: Any) -> Any:
         """Forward a batch of steps after the cache of what is before them; the cache of all of it, if it is needed."""
         width = max(len(step.tokens) for step in steps)
-        ids = np.zeros((len(steps), width), np.int64)  # a pad stands behind all that is read
+        ids = np.zeros((len(steps), len(before) + width), np.int64)  # a pad stands behind all that is read
         read = np.zeros((len(steps), width), bool)
+        ids[:, : len(before)] = before
         for row, step in enumerate(steps):
-            ids[row, : len(step.tokens)] = step.tokens
+            ids[row, len(before) : step.end] = step.tokens
             read[row, : len(step.tokens)] = step.columns()
         inputs = torch.as_tensor(ids, device=self.device)
         start = 0
         for end in self.chunks(read):
-            if start and (self.by_length or not can_be_shared(cache)):
-                needed = bytes_for(len(steps), self.vocab_size, width)
-                raise ValueError(
-                    f"scoring a text chunk by chunk needs a cache of keys and values alone, and "
-                    f"{type(self.model).__name__} has none: raise chunk_bytes, here to {needed}, so that one chunk "
-                    "holds it all"
-                )
+            if start and (self.by_length or not reads_in_chunks(self.model, self.generate, width)):
+                raise ValueError(needs_one_chunk(self.model, len(steps), width))
             columns = np.flatnonzero(read[:, start:end].any(0))
-            where = torch.as_tensor(columns, device=self.device)
-            skip: dict[str, Any] = {}
-            if self.skips_logits and len(columns) < end - start:
-                skip["logits_to_keep"] = where if len(columns) else 1
-            use_cache = cache is not None or end < width or not steps[0].is_leaf
-            output = self.model(
-                inputs[:, start:end], past_key_values=cache, use_cache=use_cache, return_dict=True, **skip
+            logits, cache = forward_columns(
+                self.model,
+                self.generate,
+                inputs[:, : len(before) + end],
+                cache,
+                torch.as_tensor(columns, device=self.device),
+                use_cache=cache is not None or end < width or not steps[0].is_leaf,
             )
-            logits = output.logits  # on the last device of a model that is spread over several
-            if logits.shape[1] > len(columns) > 0:
-                logits = logits[:, where.to(logits.device)]
-            if len(columns):
+            if logits is not None:
                 self.reduce(steps, logits, read, start + columns)
-            cache = getattr(output, "past_key_values", None) if use_cache else None
-            del output, logits
+            del logits
             start = end
         return cache
 

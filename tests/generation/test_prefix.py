@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from hf_llama_sampling.generation import walk
+from hf_llama_sampling.generation.mixin import _transformers_generate
 from hf_llama_sampling.generation.prefix import Text, grow
 from tests.bounds import ROUNDING
 
@@ -96,6 +97,7 @@ def test_any_tree_under_any_budget_gives_each_texts_own_answer(
     walked = [Text(np.array(ids, np.int32), min(at, len(ids) - 1)) for ids, at in zip(texts, first, strict=False)]
     walk.score_texts(
         tiny_model,
+        _transformers_generate(tiny_model),
         walked,
         rows=range(len(walked)),
         top=2,
@@ -256,7 +258,7 @@ def test_nan_is_an_error_that_names_the_place(tiny_model):
     """The context is the row; the position counts from its first token."""
 
     def spoil(model, args, kwargs, output):
-        output.logits[args[0] == 77] = float("nan")
+        output.logits[kwargs["input_ids"] == 77] = float("nan")
 
     hook = tiny_model.register_forward_hook(spoil, with_kwargs=True)
     try:

@@ -1,0 +1,177 @@
+"""Prefilling once what rows of a batch share: a common beginning, and rows that are equal.
+
+Three rows in the padded schedule, the first two equal; all begin with `a b c`::
+
+    . . a b c d      1. one row        a b              the common beginning, but for its last token
+    . . a b c d      2. unique rows    . . a b c | d    from the cache of step 1, laid out as in the batch,
+    a b c e f g                        a b c e f | g    up to the last column
+                     3. the loop       all rows, from the caches of step 2: the last column, then new tokens
+
+The layout of the batch is the same with and without sharing, so masks, positions and windows are. What this module does
+not do: it generates nothing; transformers' loop goes on from the cache that it gives.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from .caches import lay_out, select_rows
+from .options import CACHING, Call
+from .plan import Plan
+from .probe import honours_padding, reads_in_chunks, repeats_rows
+from .scoring import PromptScorer, TokenScores, chunk_of
+from .walk import forward_cost
+
+# Sharing by default must save so many forwards' costs: the first call of a model tries its caches out.
+_WORTH = 4
+
+
+@dataclass(frozen=True)
+class SharedPrefill:
+    """The first columns of a batch, prefilled."""
+
+    columns: int
+    cache: Any  # of these columns, B rows
+    scores: TokenScores | None  # of the tokens after each of them, (B, columns), if they were asked for
+    bad: Tensor | None  # (B, columns) whether a column's logits hold nan or inf
+
+
+def share_prefill(
+    model: Any, generate: Callable[..., Any], plan: Plan, call: Call, *, scored: bool
+) -> SharedPrefill | None:
+    """Prefill what rows share, or nothing (None) where that saves too little or the model's caches do not allow it.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model, which takes an `observer`.
+        plan: how rows are laid out, and whether sharing was asked for.
+        call: the keywords that go to the loop and to the model.
+        scored: whether the columns' scores are wanted.
+    """
+    if not _may_share(plan, call):
+        return None
+    ids, mask = plan.layout()
+    first_rows, index = _unique_rows(ids, mask)
+    least = 1 if plan.share_prefix else _WORTH * forward_cost(plan.device)
+    common, last = _common_columns(plan, first_rows), plan.start - 1
+    prefix = common if common * (len(first_rows) - 1) >= least else 0
+    repeats = (len(index) - len(first_rows)) * (last - prefix) >= least
+    if not (prefix or repeats):
+        return None
+    in_chunks = reads_in_chunks(model, generate, plan.start)
+    if prefix and not (in_chunks and (min(plan.offsets) == max(plan.offsets) or honours_padding(model, generate))):
+        prefix = 0
+    if repeats and not (in_chunks or repeats_rows(model, generate, plan.start)):
+        repeats = False
+    shared = None
+    stage = _Stages(model, generate, plan, scored)
+    if prefix:
+        shared = stage.common_beginning(first_rows, prefix)
+    if repeats:
+        shared = stage.unique_rows(ids[first_rows, :last], mask[first_rows, :last], ids[first_rows, 1:], shared)
+    if shared is None:
+        return None
+    return stage.all_rows(shared, torch.tensor(index if repeats else range(len(index)), device=plan.device))
+
+
+def _may_share(plan: Plan, call: Call) -> bool:
+    """Whether a call leaves the caches, and what is read of the prefill, to us."""
+    asked = call.options
+    return not (
+        plan.share_prefix is False
+        or call.to_model
+        or any(asked.get(name) for name in CACHING)
+        or asked.get("use_cache") is False
+        or asked.get("output_attentions")
+        or asked.get("output_hidden_states")
+        or asked.get("max_time") is not None
+    )
+
+
+def _unique_rows(ids: Tensor, mask: Tensor) -> tuple[list[int], list[int]]:
+    """The first of each kind of row, and for each row which of these it equals. ids, mask: (B, T).
+
+    >>> _unique_rows(torch.tensor([[1, 5], [1, 6], [1, 5]]), torch.ones(3, 2))
+    ([0, 1], [0, 1, 0])
+    """
+    seen: dict[tuple[Any, Any], int] = {}
+    first_rows: list[int] = []
+    index: list[int] = []
+    for row, key in enumerate(zip(map(tuple, ids.tolist()), map(tuple, mask.tolist()), strict=True)):
+        if key not in seen:
+            seen[key] = len(first_rows)
+            first_rows.append(row)
+        index.append(seen[key])
+    return first_rows, index
+
+
+def _common_columns(plan: Plan, rows: Sequence[int]) -> int:
+    """Tokens that all these rows begin with, but for the last of them, and that the loop prefills."""
+    first, *others = (plan.prompts[row] for row in rows)
+    common = min(map(len, (first, *others)))
+    for prompt in others:
+        common = next((at for at in range(common) if prompt[at] != first[at]), common)
+    return min(common, plan.start) - 1
+
+
+class _Stages:
+    """The steps of a shared prefill, each a run of transformers' own loop that makes a token which nobody reads."""
+
+    def __init__(self, model: Any, generate: Callable[..., Any], plan: Plan, scored: bool) -> None:
+        self.model, self.generate, self.plan, self.scored = model, generate, plan, scored
+
+    def common_beginning(self, rows: Sequence[int], columns: int) -> SharedPrefill:
+        """One row of the common beginning, laid out behind each row's padding."""
+        prompt = self.plan.prompts[rows[0]]
+        ids = torch.tensor([prompt[:columns]], device=self.plan.device)
+        targets = torch.tensor([prompt[1 : columns + 1]], device=self.plan.device)
+        # A cache without windows: rows behind padding need columns that a window would have forgotten.
+        found = self.prefill(ids, torch.ones_like(ids), targets, DynamicCache())
+        offsets = torch.tensor([self.plan.offsets[row] for row in rows], device=self.plan.device)
+        places = (torch.arange(columns, device=self.plan.device) - offsets[:, None]).clamp(min=0)  # (U, columns)
+        cache = lay_out(found.cache, places, self.model.config.get_text_config(decoder=True))
+        if found.scores is None or found.bad is None:
+            return SharedPrefill(columns, cache, None, None)
+        scores = TokenScores(*(column[0][places] for column in found.scores))
+        return SharedPrefill(columns, cache, scores, found.bad[0][places])
+
+    def unique_rows(self, ids: Tensor, mask: Tensor, targets: Tensor, before: SharedPrefill | None) -> SharedPrefill:
+        """One row of each kind, from the cache of the common beginning. ids, mask, targets: (U, T)."""
+        return self.prefill(ids, mask, targets, None if before is None else before.cache, before)
+
+    def all_rows(self, shared: SharedPrefill, index: Tensor) -> SharedPrefill:
+        """Each row's copy of what was prefilled for its kind. index: (B,)."""
+        if len(set(index.tolist())) == len(index):
+            return shared
+        scores = None if shared.scores is None else TokenScores(*(column[index] for column in shared.scores))
+        bad = None if shared.bad is None else shared.bad[index]
+        return SharedPrefill(shared.columns, select_rows(shared.cache, index), scores, bad)
+
+    def prefill(
+        self, ids: Tensor, mask: Tensor, targets: Tensor, cache: Any, before: SharedPrefill | None = None
+    ) -> SharedPrefill:
+        """Forward ids (N, T), of which `cache` may hold the first columns; with the targets' scores if wanted."""
+        chunk = chunk_of(self.model, self.generate, ids, self.plan.chunk_bytes) if self.scored else None
+        scorer = None
+        if self.scored:
+            scorer = PromptScorer(
+                type(self.model).__name__,
+                targets,
+                columns=ids.shape[1],
+                chunk=chunk,
+                top=self.plan.top_logprobs,
+                chunk_bytes=self.plan.chunk_bytes,
+            )
+            if before is not None:
+                scorer.take(before.scores, before.bad)
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=1, return_dict_in_generate=True, prefill_chunk_size=chunk
+        )
+        given = {} if cache is None else {"past_key_values": cache}
+        output = self.generate(ids, attention_mask=mask, generation_config=config, observer=scorer, **given)
+        scores, bad = (None, None) if scorer is None else scorer.found()
+        return SharedPrefill(ids.shape[1], output.past_key_values, scores, bad)

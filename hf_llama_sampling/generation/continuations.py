@@ -5,14 +5,14 @@ What this module does not do: it generates nothing, and sees no text.
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers.utils import ModelOutput
 
-from ..checks import check_int, first_not_none
+from ..checks import check_int, first_not_none, to_list
 from .model_info import context_of, vocab_size_of
 from .prefix import Text
 from .walk import score_texts
@@ -151,12 +151,12 @@ def read_continuations(continuations: Any, contexts: int, vocab_size: int) -> li
 
 def _listed(values: Any, rule: str) -> list[Any]:
     """The items of a list, tuple, array, tensor, column or generator."""
-    values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{rule}, got text: encode it with the tokenizer first")
-    if isinstance(values, Mapping) or not isinstance(values, Iterable):
+    listed = to_list(values)
+    if listed is None:
         raise TypeError(f"{rule}, got {type(values).__name__}")
-    return list(values)
+    return listed
 
 
 def _is_nested(values: Sequence[Any]) -> bool:

@@ -227,9 +227,9 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
 
 def _share_prefix(request: Request) -> bool | None:
     """Whether to share, as asked. The reference's own schedule asked for by name is its bit for bit, without."""
-    if request.share_prefix not in (None, True, False):
-        raise TypeError(f"share_prefix must be True, False or None (share where it pays), got {request.share_prefix!r}")
-    return False if request.share_prefix is None and request.schedule == "reference" else request.share_prefix
+    if request.share_prefix is not None:
+        return check_bool("share_prefix", request.share_prefix, "leave it out to share where it pays")
+    return False if request.schedule == "reference" else None
 
 
 def _sampling_settings(

@@ -15,8 +15,9 @@ def after_token(model, token, value):
     """Put a value into the logits behind a token, wherever it stands."""
 
     def plant(module, args, kwargs, output):
-        columns = kwargs.get("logits_to_keep", torch.arange(args[0].shape[1]))
-        output.logits[:, :, 17].masked_fill_(args[0][:, columns] == token, value)
+        ids, kept = kwargs["input_ids"], kwargs.get("logits_to_keep", 0)
+        ids = ids[:, kept] if isinstance(kept, torch.Tensor) else ids[:, -kept:]
+        output.logits[:, :, 17].masked_fill_(ids == token, value)
 
     handle = model.register_forward_hook(plant, with_kwargs=True)
     try:

@@ -1,15 +1,17 @@
-"""Evaluation of language models: a model of lm-evaluation-harness. The harness is imported when it is used."""
+"""Evaluation of language models. Importing it registers `LlamaLM` with lm-evaluation-harness as ``hf-llama``."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
+try:
     from .harness import LlamaLM as LlamaLM
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lm_eval":
+        raise
 
 __all__ = ["LlamaLM"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".harness", __name__), name)
+    if name == "LlamaLM":
+        raise ImportError("LlamaLM needs lm-evaluation-harness: pip install 'hf-llama-sampling[lm-eval]'")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

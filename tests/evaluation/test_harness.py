@@ -137,7 +137,7 @@ def test_rolling_and_truncation_equal_the_harness_model(tiny_model, tiny_tokeniz
 
 def test_it_is_found_by_name(tasks):
     """After one import, by folder; the numbers are those of the loaded model."""
-    import hf_llama_sampling.evaluation.harness  # noqa: F401
+    import hf_llama_sampling.evaluation  # noqa: F401
 
     results = evaluated("hf-llama", tasks, "local_choice", model_args=f"pretrained={TINY},dtype=float32")
     assert results["results"]["local_choice"]["acc,none"] >= 0

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import loops, memory
+from tests.benchmarks import loops, memory, sharing
 from tests.benchmarks.measure import Effort, Waits, line, peak_bytes
 from tests.bounds import ROUNDING
 from tests.conftest import TINY
@@ -23,6 +23,9 @@ SMALL = benchmarks.QUICK._replace(
     held=memory.Batch(rows=2, prompt=40, new=4),
     look_ahead=[18],
     score=[(2, 9)],
+    samples=sharing.Header(header=40, own=0, rows=2, new=2),
+    header=sharing.Header(header=40, own=5, rows=2, new=2),
+    choices=[(sharing.Choices(40, 2, 5, 2, 2), 0.1), (sharing.Choices(0, 2, 5, 2, 1), 0.3)],
     plotted=([8, 16], [50, 500]),
 )
 EFFORT = Effort(pairs=2, seconds=0)
@@ -42,6 +45,9 @@ TARGETS = {
     "waits": {1.0},
     "look-ahead": {None},
     "score": {None},
+    "samples": {0.45},
+    "header": {0.55},
+    "choices": {0.1, 0.3},
     "score-memory": {None},
 }
 
@@ -58,7 +64,7 @@ def test_every_row_is_measured(models, monkeypatch, name):
     """Each line has a ratio of its own and section 9's target; smaller sizes have no target that depends on size."""
     small = benchmarks.rows(lambda: models, EFFORT, SMALL)
     assert list(small) == list(TARGETS)
-    if name.startswith(("logprobs", "ragged", "memory", "length")):
+    if name.startswith(("logprobs", "ragged", "memory", "length", "samples", "header", "choices")):
         assert {line.at_most for line in small[name]()} == {None}
     monkeypatch.setattr(benchmarks, "FULL", SMALL)
     lines = list(benchmarks.rows(lambda: models, EFFORT, SMALL)[name]())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from . import draws, loops, memory
+from . import draws, loops, memory, sharing
 from .loops import Models
 from .measure import Effort, Line
 
@@ -40,6 +40,9 @@ class Sizes(NamedTuple):
     held: memory.Batch
     look_ahead: Sequence[int]  # longest prompts
     score: Sequence[tuple[int, int]]  # rows and length
+    samples: sharing.Header
+    header: sharing.Header
+    choices: Sequence[tuple[sharing.Choices, float]]  # and the target
     plotted: tuple[Sequence[int], Sequence[int]]  # lengths and vocabularies
 
 
@@ -53,6 +56,13 @@ FULL = Sizes(
     held=memory.Batch(rows=8, prompt=512, new=256),
     look_ahead=[16, 100, 400, 2000],
     score=[(1, 512), (8, 256)],
+    samples=sharing.Header(header=512, own=0, rows=8, new=32),
+    header=sharing.Header(header=500, own=60, rows=8, new=32),
+    choices=[
+        (sharing.Choices(500, 8, 60, 4, 6), 0.1),
+        (sharing.Choices(500, 8, 60, 4, 1), 0.3),
+        (sharing.Choices(0, 8, 60, 4, 20), 0.6),
+    ],
     plotted=([64, 128, 256, 512, 1024, 2048], [500, 2_000, 8_000, 32_000, 64_000, 128_256]),
 )
 QUICK = Sizes(
@@ -65,6 +75,9 @@ QUICK = Sizes(
     held=memory.Batch(rows=4, prompt=64, new=16),
     look_ahead=[16, 100],
     score=[(1, 128)],
+    samples=sharing.Header(header=64, own=0, rows=4, new=4),
+    header=sharing.Header(header=64, own=8, rows=4, new=4),
+    choices=[(sharing.Choices(64, 2, 8, 2, 3), 0.1)],
     plotted=([64, 128, 256, 512], [2_000, 32_000, 128_256]),
 )
 
@@ -91,6 +104,13 @@ def rows(model: Callable[[], Models], effort: Effort, sizes: Sizes) -> dict[str,
         "waits": lambda: memory.device_waits(wide()),
         "look-ahead": lambda: memory.look_ahead(sizes.look_ahead),
         "score": lambda: loops.scoring(model(), effort, cases=sizes.score),
+        "samples": lambda: sharing.samples(model(), effort, sizes.samples),
+        "header": lambda: sharing.common_header(model(), effort, sizes.header),
+        "choices": lambda: (
+            measured
+            for case, most in sizes.choices
+            for measured in sharing.multiple_choice(model(), effort, case, most)
+        ),
         "score-memory": lambda: memory.scoring(wide(), batch=4, length=sizes.held.prompt // 2),
     }
     if sizes is FULL:

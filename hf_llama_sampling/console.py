@@ -73,7 +73,7 @@ def write_logprobs(tokens: Sequence[str], logprobs: Sequence[float]) -> None:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Lose no answer at the edge: what an encoding lacks is escaped, and our warnings are one line each."""
+    """Escape characters that standard output's encoding lacks, print our warnings as one line each, and flush."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def check_stdout(command: str) -> None:
-    """Refuse to work for nobody."""
+    """Refuse to run with standard output closed: the answers would be lost."""
     if sys.stdout is None:
         raise ValueError(f"{command} prints its answers on standard output, and it is closed: open it")
 

@@ -4,23 +4,33 @@ What this module does not do: it sees no text, and never takes a token id for pa
 """
 
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import first_not_none, to_list, to_scalar
 
-def read_prompts(inputs: Any, attention_mask: Any, vocab_size: int) -> list[list[int]]:
+
+def read_prompts(
+    inputs: Any, attention_mask: Any, vocab_size: int, *, pad_id: int | None = None, eos_ids: Collection[int] = ()
+) -> list[list[int]]:
     """Prompts as lists of ids, without padding.
 
     Args:
-        inputs: lists of token ids, or a tensor (B, T).
-        attention_mask: (B, T), 1 for tokens and 0 for padding on either side; goes with a tensor.
+        inputs: lists of token ids in anything that holds them in order, a tensor or an array (B, T), or what a
+            tokenizer returns.
+        attention_mask: 1 for tokens and 0 for padding on either side, in the same form.
         vocab_size: ids must lie below it.
+        pad_id: the pad id that the call or the checkpoint names, if it does.
+        eos_ids: the ids that end a text.
 
     Raises:
-        ValueError: no prompt, an empty one, an id outside the vocabulary, or a bad mask.
+        ValueError: no prompt, an empty one, an id outside the vocabulary, a bad mask, or what looks like padding in a
+            tensor without a mask.
         TypeError: text, or something that holds no token ids.
 
     >>> read_prompts(torch.tensor([[0, 1, 5], [1, 6, 7]]), [[0, 1, 1], [1, 1, 1]], 32)
@@ -30,23 +40,73 @@ def read_prompts(inputs: Any, attention_mask: Any, vocab_size: int) -> list[list
         raise ValueError(
             "generate needs prompts: lists of token ids, or a tensor of shape (B, T) with its attention_mask"
         )
-    if isinstance(inputs, str) or (isinstance(inputs, Sequence) and any(isinstance(row, str) for row in inputs)):
-        raise TypeError("prompts must be token ids, got text: encode it with the tokenizer first")
-    if isinstance(inputs, Tensor):
-        prompts = _rows_of_tensor(inputs, attention_mask)
-    elif isinstance(inputs, Sequence):
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask goes with a tensor; prompts given as lists carry their own lengths: drop it"
-            )
-        prompts = [_row_of_list(row, prompt) for row, prompt in enumerate(inputs)]
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        inputs, attention_mask = inputs["input_ids"], first_not_none(attention_mask, inputs.get("attention_mask"))
+    tensor = _as_tensor(inputs)
+    if tensor is not None:
+        prompts = _rows_of_tensor(tensor, attention_mask)
+        if attention_mask is None:
+            _refuse_padding(prompts, pad_id, eos_ids)
     else:
+        prompts = _rows_of_lists(inputs, attention_mask)
+    _check_prompts(prompts, vocab_size)
+    return prompts
+
+
+def _as_tensor(inputs: Any) -> Tensor | None:
+    """A tensor, or an array of numbers, as a tensor; None for anything else."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    if isinstance(inputs, np.ndarray) and inputs.dtype != object and inputs.ndim != 1:
+        return torch.from_numpy(np.ascontiguousarray(inputs))
+    return None
+
+
+def _rows_of_lists(inputs: Any, mask: Any) -> list[list[int]]:
+    """The rows of a batch that is no tensor; a mask beside it must have a value for each token."""
+    if isinstance(inputs, str | bytes):
+        raise TypeError("prompts must be token ids, got text: encode it with the tokenizer first")
+    listed = None if hasattr(inputs, "columns") else to_list(inputs)  # a table's rows are not its elements
+    if listed is None:
         raise TypeError(
             f"prompts must be lists of token ids or a tensor of shape (B, T), got {type(inputs).__name__}: "
             "pass tokenizer(...)['input_ids'] and its attention_mask"
         )
-    _check_prompts(prompts, vocab_size)
-    return prompts
+    if any(isinstance(row, str | bytes) for row in listed):
+        raise TypeError("prompts must be token ids, got text: encode it with the tokenizer first")
+    prompts = [_row_of_list(row, prompt) for row, prompt in enumerate(listed)]
+    if mask is None:
+        return prompts
+    masks = [to_list(row) for row in to_list(mask) or []]
+    if [None if row is None else len(row) for row in masks] != list(map(len, prompts)):
+        raise ValueError(
+            "attention_mask beside prompts given as lists must have one value per token, and this one has not: drop "
+            "it, since lists carry their own lengths, or pass both as the tokenizer gave them"
+        )
+    return [_without_padding(row, prompt, masks[row] or []) for row, prompt in enumerate(prompts)]
+
+
+def _refuse_padding(prompts: list[list[int]], pad_id: int | None, eos_ids: Collection[int]) -> None:
+    """Refuse rows of a tensor that begin or end with the pad id: nothing says whether it is padding or text.
+
+    transformers takes it for padding if it is not an EOS id too. Then it warns, and so does this.
+    """
+    if pad_id is None:
+        return
+    found = [row for row, prompt in enumerate(prompts) if pad_id in prompt[:1] + prompt[-1:]]
+    if not found:
+        return
+    if pad_id not in eos_ids:
+        raise ValueError(
+            f"a tensor of prompts that is padded needs its attention_mask, and row {found[0]} begins or ends with the "
+            f"pad id {pad_id}: pass attention_mask (all ones if it is text), or lists of ids"
+        )
+    if len(prompts) > 1:
+        warnings.warn(
+            f"row {found[0]} begins or ends with {pad_id}, which is both the pad id and an EOS id, and is taken as "
+            "text: pass attention_mask if it is padding",
+            stacklevel=5,
+        )
 
 
 def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
@@ -66,18 +126,17 @@ def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
 
 def _row_of_list(row: int, prompt: Any) -> list[int]:
     """One prompt as ints."""
-    if isinstance(prompt, int):
+    if isinstance(to_scalar(prompt), int) and not isinstance(prompt, list):
         raise TypeError(
             "prompts must be a list of lists of token ids, got a list of ids: wrap a single prompt as [prompt]"
         )
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence):
+    ids = to_list(prompt)
+    if ids is None:
         raise TypeError(f"a prompt must be a list of token ids, got {type(prompt).__name__} for row {row}")
     try:
-        return [operator.index(token) for token in prompt]
+        return [operator.index(to_scalar(token)) for token in ids]
     except TypeError:
-        raise TypeError(f"token ids must be ints, got {prompt!r} for row {row}") from None
+        raise TypeError(f"token ids must be ints, got {ids!r} for row {row}") from None
 
 
 def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
@@ -93,18 +152,21 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
         raise ValueError(
             f"attention_mask must have the prompts' shape, got {tuple(mask.shape)} for {tuple(inputs.shape)}"
         )
-    prompts = []
-    for row, (ids, seen) in enumerate(zip(inputs.tolist(), mask.tolist(), strict=True)):
-        odd = next((value for value in seen if value not in (0, 1)), None)
-        if odd is not None:
-            raise ValueError(f"attention_mask must hold 0 and 1 only, got {odd} in row {row}")
-        real = [position for position, value in enumerate(seen) if value]
-        if real and real[-1] - real[0] + 1 != len(real):
-            raise ValueError(
-                f"attention_mask must be one run of ones per row, but row {row} has a hole: pad on one side only"
-            )
-        prompts.append([ids[position] for position in real])
-    return prompts
+    rows = enumerate(zip(inputs.tolist(), mask.tolist(), strict=True))
+    return [_without_padding(row, ids, seen) for row, (ids, seen) in rows]
+
+
+def _without_padding(row: int, ids: list[int], mask: Sequence[Any]) -> list[int]:
+    """The ids of one row where its mask is 1."""
+    odd = next((value for value in mask if value not in (0, 1)), None)
+    if odd is not None:
+        raise ValueError(f"attention_mask must hold 0 and 1 only, got {odd} in row {row}")
+    real = [position for position, value in enumerate(mask) if value]
+    if real and real[-1] - real[0] + 1 != len(real):
+        raise ValueError(
+            f"attention_mask must be one run of ones per row, but row {row} has a hole: pad on one side only"
+        )
+    return [ids[position] for position in real]
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], most: int | None, *, name: str = "max_seq_len") -> None:

@@ -19,6 +19,7 @@ from ..sampling.rule import Draw
 from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .edits import CallersCriteria, LogitEdits
+from .model_info import forget_longer_texts, length_limit
 from .options import FOR_THE_LOOP, Call
 from .plan import Plan
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
@@ -199,6 +200,9 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
         ValueError: a cache in the call does not fit the prompts, or logits hold nan or inf.
     """
     _check_cache(plan, call)
+    _check_inputs(plan, call)
+    if length_limit(model) is not None:
+        forget_longer_texts(model)
     if not plan.steps:
         return _without_steps(model, generate, plan, call)
     ids, mask = plan.layout()
@@ -215,7 +219,14 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
         arguments["past_key_values"] = shared.cache
         if scorer is not None:
             scorer.take(shared.scores, shared.bad)
-    output = generate(ids, attention_mask=mask, observer=scorer, **arguments)
+    try:
+        output = generate(ids, attention_mask=mask, observer=scorer, **arguments)
+    except AttributeError as error:
+        if call.options.get("output_attentions") and error.name == "attentions":
+            raise ValueError(
+                f"output_attentions needs a model with attentions, and {type(model).__name__} has none: leave it out"
+            ) from error
+        raise
     refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
     stops = row_stops(plan, state, output.sequences)
     leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)
@@ -292,6 +303,27 @@ def _check_cache(plan: Plan, call: Call) -> None:
             f"past_key_values must hold fewer tokens than the prompts, got {held} for prompts of {plan.start}: pass "
             "the whole text, what the cache holds included"
         )
+
+
+def _check_inputs(plan: Plan, call: Call) -> None:
+    """Refuse tensors beside the ids, such as images, where the batch is laid out otherwise than they were made for."""
+    for name, value in call.to_model.items():
+        if not isinstance(value, Tensor) or not value.dim() or name == "past_key_values":
+            continue
+        if plan.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences repeats prompts, and not the {name} that goes with them: repeat both, or call "
+                "once for each sequence"
+            )
+        if plan.ragged and not plan.padded:
+            raise ValueError(
+                f"{name} needs whole prompts at once, and in the reference schedule a ragged batch begins where its "
+                'shortest prompt ends: take schedule="padded", or prompts of one length'
+            )
+        if plan.ragged and value.shape[:1] == (len(plan.prompts),) and name.endswith("type_ids"):
+            raise ValueError(
+                f"{name} stands beside each token, and a ragged batch is laid out anew: pass prompts of one length"
+            )
 
 
 def stream_prompts(ids: Tensor, call: Call) -> None:

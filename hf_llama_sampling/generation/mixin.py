@@ -17,14 +17,16 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from ..checks import PerRow, check_int
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .inputs import check_lengths, read_prompts
-from .loop import run_loop, stream_prompts
-from .model_info import context_of, refuse_encoder_decoder, vocab_size_of
+from .loop import stream_prompts
+from .model_info import check_max_seq_len, eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
 from .options import resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Request, make_plan
-from .rows import collect_rows, unshifted_rows
+from .probe import Probe
+from .rows import run_parts, unshifted_rows
 from .schedule import Schedule
-from .scoring import CHUNK_BYTES
+from .scoring import CHUNK_BYTES, refuse_without_order
+from .streamers import ended_with_the_call
 from .trimming import Compat
 from .view import Observer, loop_view
 from .walk import CACHE_BYTES, score_rows
@@ -109,45 +111,55 @@ class LlamaGenerationMixin(GenerationMixin):
         >>> out = model.generate([[1, 306, 4658], [1, 450]], max_gen_len=16, logprobs=True, echo=True)
         >>> out.tokens, out.logprobs, out.finish_reason
         """
-        # 1. Read the call: its keywords by who reads them, its prompts as lists.
-        refuse_encoder_decoder(self)
-        call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
-        inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
-        prompts = read_prompts(inputs, call.to_model.pop("attention_mask", None), vocab_size_of(self))
+        with ended_with_the_call(kwargs):
+            # 1. Read the call: its keywords by who reads them, its prompts as lists.
+            refuse_encoder_decoder(self)
+            call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
+            inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
+            prompts = read_prompts(
+                inputs,
+                call.to_model.pop("attention_mask", None),
+                vocab_size_of(self),
+                pad_id=named_pad_id(self, call.options),
+                eos_ids=eos_ids_of(self, call.options),
+            )
 
-        # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
-        request = Request(
-            max_gen_len=max_gen_len,
-            max_seq_len=max_seq_len,
-            temperature=temperature,
-            top_p=top_p,
-            seeds=seeds,
-            generator=generator,
-            echo=echo,
-            logprobs=logprobs,
-            top_logprobs=top_logprobs,
-            schedule=schedule,
-            compat=compat,
-            chunk_bytes=chunk_bytes,
-            share_prefix=share_prefix,
-        )
-        plan = make_plan(self, prompts, call, request)
+            # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
+            request = Request(
+                max_gen_len=max_gen_len,
+                max_seq_len=max_seq_len,
+                temperature=temperature,
+                top_p=top_p,
+                seeds=seeds,
+                generator=generator,
+                echo=echo,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                schedule=schedule,
+                compat=compat,
+                chunk_bytes=chunk_bytes,
+                share_prefix=share_prefix,
+            )
+            loop = _transformers_generate(self)
+            probe = Probe(self, loop)
+            plan = make_plan(self, prompts, call, request, probe)
+            if plan.echo and plan.wants_scores:
+                refuse_without_order(self, probe)
 
-        # 3. Run: prefill and generate, and make rows out of columns.
-        loop = _transformers_generate(self)
-        if plan.scores_unshifted:
-            rows, extras = unshifted_rows(self, loop, plan, call.to_model), {}
-            stream_prompts(plan.layout()[0], call)
-        else:
-            run = run_loop(self, loop, plan, call)
-            rows, extras = collect_rows(plan, run), run.extras
+            # 3. Run: prefill and generate, and make rows out of columns.
+            extras: dict[str, Any] = {}
+            if plan.scores_unshifted:
+                rows = unshifted_rows(self, loop, plan, call.to_model)
+                stream_prompts(plan.layout()[0], call)
+            else:
+                rows, extras = run_parts(self, loop, plan, call)
 
-        # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
-        sequences = sequences_of(rows, plan)
-        more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
-        if isinstance(inputs, Tensor) and not more:
-            return sequences
-        return generate_output(rows, plan, sequences, extras)
+            # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
+            sequences = sequences_of(rows, plan)
+            more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
+            if isinstance(inputs, Tensor) and not more:
+                return sequences
+            return generate_output(rows, plan, sequences, extras)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Never load a checkpoint's own `generate`: this class has its own, and no code of a checkpoint is run.
@@ -164,6 +176,7 @@ class LlamaGenerationMixin(GenerationMixin):
         *,
         attention_mask: Tensor | None = None,
         top_logprobs: int = 0,
+        max_seq_len: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         cache_bytes: int = CACHE_BYTES,
     ) -> LlamaScoreOutput:
@@ -172,9 +185,10 @@ class LlamaGenerationMixin(GenerationMixin):
         The list may be long: it is forwarded in batches, and whatever several of its texts begin with is read once.
 
         Args:
-            prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each as long as the model allows.
+            prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each of at most `max_seq_len` tokens.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): of a padded tensor, on either side.
             top_logprobs (`int`): how many best tokens to report at each position.
+            max_seq_len (`int`, *optional*): most tokens of a text; the model's context if not given.
             chunk_bytes (`int`): memory for the logits of one forward, 128 MiB if not given.
             cache_bytes (`int`): memory for the caches of shared beginnings, 1 GiB if not given. A beginning whose cache
                 does not fit is read again for each text; a single text's own cache is always allowed.
@@ -191,11 +205,14 @@ class LlamaGenerationMixin(GenerationMixin):
         top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
-        rows = read_prompts(prompts, attention_mask, vocab_size_of(self))
-        check_lengths(rows, context_of(self), name="the model's context")
-        scores = score_rows(
-            self, _transformers_generate(self), rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
-        )
+        pad_id = named_pad_id(self, {})
+        eos_ids = () if pad_id is None else eos_ids_of(self, {})
+        rows = read_prompts(prompts, attention_mask, vocab_size_of(self), pad_id=pad_id, eos_ids=eos_ids)
+        length = check_max_seq_len(self, max_seq_len)
+        check_lengths(rows, length, name="the model's context" if max_seq_len is None else "max_seq_len")
+        loop = _transformers_generate(self)
+        refuse_without_order(self, Probe(self, loop))
+        scores = score_rows(self, loop, rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
         return LlamaScoreOutput(
             logprobs=[row.logprobs for row in scores],
             top_logprobs=[row.top_logprobs for row in scores] if top else None,
@@ -236,6 +253,7 @@ class LlamaGenerationMixin(GenerationMixin):
         >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
         """
         refuse_encoder_decoder(self)
+        refuse_without_order(self, Probe(self, _transformers_generate(self)))
         return continuations_scored(
             self,
             _transformers_generate(self),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_int, first_not_none
+from ..checks import check_int, first_not_none, to_list, to_scalar
 
 # Names of position tables in transformers' models, and of the parts of a model that read no text.
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|pos_encoding|positions_embed|embed_positions|\w*position_embeddings?)$")
@@ -45,6 +45,15 @@ def check_positions(model: Any, columns: int | None, name: str = "a text with it
         )
 
 
+def positions_of(model: Any) -> int | None:
+    """The positions that a model has learned one vector each for, beyond which it cannot go; None if it has no such."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and (last in ("wpe", "embed_positions") or "position_emb" in last):
+            return context_of(model)
+    return None
+
+
 def length_limit(model: Any) -> int | None:
     """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
     config = model.config.get_text_config()
@@ -52,7 +61,7 @@ def length_limit(model: Any) -> int | None:
     # One set of parameters, or one per kind of layer.
     each = [given, *(value for value in given.values() if isinstance(value, dict))]
     kinds = {parameters.get("rope_type", parameters.get("type")) for parameters in each}
-    if not kinds & {"dynamic", "longrope"}:
+    if not any(kind and ("dynamic" in kind or kind == "longrope") for kind in kinds):
         return None
     named = [
         parameters["original_max_position_embeddings"]
@@ -60,7 +69,50 @@ def length_limit(model: Any) -> int | None:
         if parameters.get("original_max_position_embeddings")
     ]
     fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    return int(min(named, default=fallback))
+    return int(min([*named, fallback]))
+
+
+def forget_longer_texts(model: Any) -> None:
+    """Reset rotary factors that still stand for a longer text, which an earlier call read.
+
+    transformers resets them by itself only for a text below the length that the model was trained for.
+    """
+    for module in model.modules():
+        trained_for = getattr(module, "original_max_seq_len", None)
+        if trained_for is None or not hasattr(module, "rope_type"):
+            continue
+        kinds = list(module.rope_type) if isinstance(module.rope_type, dict) else [None]
+        for kind in kinds:
+            reached = getattr(module, f"{kind}_max_seq_len_cached" if kind else "max_seq_len_cached", 0)
+            if reached > trained_for:
+                factors = getattr(module, f"{kind}_inv_freq" if kind else "inv_freq")
+                position = torch.zeros(1, 1, dtype=torch.long, device=factors.device)
+                module(position.float()[..., None], position, **({"layer_type": kind} if kind else {}))
+
+
+def soft_prompts_of(model: Any) -> Any:
+    """What replaces the model's way of preparing inputs for the loop, as PEFT's soft prompts do; None if nothing."""
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    owner = getattr(prepare, "__self__", prepare)
+    return None if prepare is None or owner is model or isinstance(owner, type(model)) else owner
+
+
+def check_max_seq_len(model: Any, asked: Any) -> int | None:
+    """The most tokens of a text, prompt included: as asked, else what the model was made for; None if nobody says.
+
+    Raises:
+        ValueError: less than 1, or beyond the positions that the model has learned.
+    """
+    if asked is None:
+        return context_of(model)
+    length = check_int("max_seq_len", asked, least=1)
+    context = context_of(model)
+    if context is not None and length > context and positions_of(model) is not None:
+        raise ValueError(
+            f"max_seq_len must not exceed the {context} positions that {type(model).__name__} has learned, got "
+            f"{length}: take at most {context}"
+        )
+    return length
 
 
 def device_of(model: Any) -> torch.device:
@@ -72,21 +124,28 @@ def device_of(model: Any) -> torch.device:
 
 
 def eos_ids_of(model: Any, options: dict[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text, from the call, else from the checkpoint: one, several or none."""
+    """The ids that end a text, from the call, else from the checkpoint: one, several or none (an empty list, or -1)."""
     ids = first_not_none(
         options.get("eos_token_id"),
         model.generation_config.eos_token_id,
         getattr(model.config.get_text_config(), "eos_token_id", None),
         (),
     )
-    ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    return tuple(check_int("eos_token_id", token, least=0, most=vocab_size_of(model) - 1) for token in ids)
+    listed = to_list(ids)
+    if listed is None:
+        listed = [] if to_scalar(ids) == -1 else [to_scalar(ids)]  # -1 is the usual way to say none
+    return tuple(check_int("eos_token_id", token, least=0, most=vocab_size_of(model) - 1) for token in listed)
 
 
 def pad_id_of(model: Any, options: dict[str, Any], eos_ids: tuple[int, ...]) -> int:
     """The id that fills an answer's `sequences`: from the call, else from the checkpoint, else EOS, else 0."""
-    return int(first_not_none(options.get("pad_token_id"), model.generation_config.pad_token_id, *eos_ids, 0))
+    return int(first_not_none(named_pad_id(model, options), *eos_ids, 0))
+
+
+def named_pad_id(model: Any, options: dict[str, Any]) -> int | None:
+    """The pad id that the call or the checkpoint names, if one does."""
+    pad_id = first_not_none(options.get("pad_token_id"), model.generation_config.pad_token_id)
+    return None if pad_id is None else int(pad_id)
 
 
 def refuse_encoder_decoder(model: Any) -> None:

@@ -156,6 +156,11 @@ class Call:
     from_config: dict[str, Any] = field(default_factory=dict)  # temperature and top_p of a config in the call
     to_loop: dict[str, Any] = field(default_factory=dict)  # arguments of transformers' `generate`
     to_model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's `forward`
+    in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
+
+    def option(self, name: str, *, beside: Any = None) -> Any:
+        """An option's value. A config's counts for nothing beside what the call itself says, in either spelling."""
+        return None if beside is not None and name in self.in_config else self.options.get(name)
 
     def editing(self) -> list[str]:
         """The names of the options in force that edit logits, sorted."""
@@ -193,6 +198,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
             call.to_loop[name] = value
         elif name in options:
             call.options[name] = value
+            call.in_config.discard(name)
         elif name in of_forward:
             call.to_model[name] = value
         else:
@@ -219,7 +225,7 @@ def _read_config(config: Any) -> Call:
         if value is not None and (value != defaults.get(name) or name == "do_sample")
     }
     sampling = {name: said.pop(name) for name in ("temperature", "top_p") if name in said}
-    return Call(options=said, from_config=sampling)
+    return Call(options=said, from_config=sampling, in_config=set(said))
 
 
 def _refuse_options_without_a_place(options: dict[str, Any]) -> None:
@@ -267,7 +273,7 @@ def _no_place(name: str, asked: str) -> str:
 
 def choose_temperature(given: PerRow | None, call: Call) -> float | list[float]:
     """The temperature: from the call, else from a config in it, else Meta's default; `do_sample=False` means 0."""
-    do_sample = call.options.get("do_sample")
+    do_sample = call.option("do_sample", beside=given)
     if do_sample is False:
         asked = None if given is None else per_row("temperature", given, check_temperature)
         if asked is not None and set(asked if isinstance(asked, list) else [asked]) != {0}:

@@ -4,9 +4,9 @@ What this module does not do: it forwards nothing and keeps no state.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,32 @@ from torch import Tensor
 from ..checks import PerRow, check_bool, check_choice, check_count, check_int, check_seeds, first_not_none
 from ..sampling.settings import SamplingSettings
 from .inputs import check_lengths, left_padded
-from .model_info import check_positions, context_of, device_of, eos_ids_of, pad_id_of, token_broadcast, vocab_size_of
+from .model_info import (
+    check_max_seq_len,
+    check_positions,
+    context_of,
+    device_of,
+    eos_ids_of,
+    length_limit,
+    pad_id_of,
+    token_broadcast,
+    vocab_size_of,
+)
 from .options import Call, check_generator, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
 from .schedule import Layout, Schedule, choose_schedule
 from .trimming import Compat
+
+Apart = Literal["none", "lengths", "rows"]
+
+
+class Probes(Protocol):
+    """What a model's forward can take; see `probe`."""
+
+    def takes_padding(self) -> bool:
+        """Whether a row stays what it is alone behind masked padding."""
+
+    def keeps_rows_apart(self) -> bool:
+        """Whether a row stays what it is alone in a batch of one length."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Plan:
     limits: list[int]  # the same, cut to what `max_seq_len` leaves
     max_seq_len: int | None  # most tokens of a row, prompt included; None: no limit
     schedule: Layout  # "reference" or "padded"
+    apart: Apart  # rows that must run apart: none, rows of each prompt length, or every row
     sampling: SamplingSettings  # temperature, top_p, seeds (one per row) and generator
     eos_ids: tuple[int, ...]  # ids that end a row when generated
     pad_id: int  # fills the answer's `sequences`
@@ -149,6 +172,26 @@ class Plan:
         """
         return self.padded or self.sampling.seeds is not None or self.sampling.temperature == 0
 
+    def parts(self) -> list["Plan"]:
+        """The plans to run one after the other: this one, or one for each of its rows or its prompts' lengths."""
+        if self.apart == "none" or len(self.prompts) == 1 or (self.apart == "lengths" and not self.ragged):
+            return [self]
+        parts: dict[int, list[int]] = {}
+        for row, length in enumerate(self.lengths):
+            parts.setdefault(row if self.apart == "rows" else length, []).append(row)
+        return [self._of_rows(rows) for rows in parts.values()]
+
+    def _of_rows(self, rows: list[int]) -> "Plan":
+        """The plan of some of its rows."""
+
+        def some(values: Any) -> Any:
+            return [values[row] for row in rows] if isinstance(values, Sequence) else values
+
+        lists = {name: some(getattr(self, name)) for name in ("prompts", "row_ids", "copies", "gen_lens", "limits")}
+        given = self.sampling
+        sampling = SamplingSettings(some(given.temperature), some(given.top_p), some(given.seeds), given.generator)
+        return replace(self, sampling=sampling, **lists)
+
     def layout(self) -> tuple[Tensor, Tensor]:
         """The prompts as far as they are prefilled, and their mask: (B, start) each."""
         if self.padded:
@@ -166,7 +209,7 @@ class Plan:
         return torch.tensor(rows, device=self.device)
 
 
-def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request) -> Plan:
+def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request, probes: Probes) -> Plan:
     """Check a call against its model and decide everything that is decided before the loop.
 
     Args:
@@ -174,6 +217,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         prompts: lists of ids.
         call: the sorted keywords.
         request: the arguments that `generate` spells out.
+        probes: what the model's forward can take, tried out when it is asked.
 
     Raises:
         ValueError, TypeError: a bad value, named with its rule, its row and the way out.
@@ -181,8 +225,8 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     options, vocab_size, device = call.options, vocab_size_of(model), device_of(model)
     check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
     check_choice("compat", request.compat, ("fixed", "meta"))
-    check_bool("echo", request.echo)
-    check_bool(
+    echo = check_bool("echo", request.echo)
+    logprobs = check_bool(
         "logprobs", request.logprobs, f"for the best tokens at each position give top_logprobs={request.logprobs}"
     )
     top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
@@ -190,31 +234,37 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     copies = check_int("num_return_sequences", first_not_none(options.get("num_return_sequences"), 1), least=1)
     sampling = _sampling_settings(request, call, len(prompts), copies, device)
     max_seq_len, gen_lens, limits = _lengths(model, prompts, call, request)
-    schedule = choose_schedule(
-        request.schedule,
-        [len(prompt) for prompt in prompts],
-        limits,
-        context_of(model),
-        timed=options.get("max_time") is not None,
-    )
+    rows = repeat_interleave(prompts, copies)
+    apart = _rows_apart(model, rows, repeat_interleave(limits, copies), sampling, probes)
+    schedule: Layout = "padded" if request.schedule == "padded" else "reference"
+    if apart == "none":
+        schedule = choose_schedule(
+            request.schedule,
+            [len(prompt) for prompt in prompts],
+            limits,
+            None if max_seq_len is None else max(max_seq_len, context_of(model) or 0),
+            takes_padding=lambda: not positions_depend_on_length(model, prompts, limits) and probes.takes_padding(),
+            timed=options.get("max_time") is not None,
+        )
     eos_ids = eos_ids_of(model, options)
     pad_id = pad_id_of(model, options, eos_ids)
     return Plan(
-        prompts=repeat_interleave(prompts, copies),
-        row_ids=list(range(copies * len(prompts))),
+        prompts=rows,
+        row_ids=list(range(len(rows))),
         copies=list(range(copies)) * len(prompts),
         num_return_sequences=copies,
         gen_lens=repeat_interleave(gen_lens, copies),
         limits=repeat_interleave(limits, copies),
         max_seq_len=max_seq_len,
         schedule=schedule,
+        apart=apart,
         sampling=sampling,
         eos_ids=eos_ids,
         pad_id=pad_id,
         # Old checkpoints name a pad token that cannot be embedded, such as -1.
         fill_id=pad_id if 0 <= pad_id < vocab_size else first_not_none(*eos_ids, 0),
-        echo=request.echo,
-        logprobs=bool(request.logprobs),
+        echo=echo,
+        logprobs=logprobs,
         top_logprobs=top_logprobs,
         compat=request.compat,
         chunk_bytes=chunk_bytes,
@@ -230,6 +280,32 @@ def _share_prefix(request: Request) -> bool | None:
     if request.share_prefix is not None:
         return check_bool("share_prefix", request.share_prefix, "leave it out to share where it pays")
     return False if request.schedule == "reference" else None
+
+
+def positions_depend_on_length(model: Any, prompts: list[list[int]], limits: list[int]) -> bool:
+    """Whether some row gets so long that the rotary factors of all rows beside it change."""
+    limit = length_limit(model)
+    longest = max(len(prompt) + most for prompt, most in zip(prompts, limits, strict=True))
+    return limit is not None and longest > limit
+
+
+def _rows_apart(
+    model: Any, prompts: list[list[int]], limits: list[int], sampling: SamplingSettings, probes: Probes
+) -> Apart:
+    """Which rows must not see each other.
+
+    On Meta's stream the reference runs a batch as one, and its draws belong to the batch. So where the longest row
+    changes others, that is what it is; where rows are mixed up, nothing is right.
+    """
+    own_stream = sampling.seeds is not None or sampling.temperature == 0
+    if len(prompts) > 1 and not probes.keeps_rows_apart():
+        if not own_stream:
+            raise ValueError(
+                f"{type(model).__name__} mixes the rows of a batch, and on Meta's stream rows run together: pass "
+                "seeds, or one prompt at a time"
+            )
+        return "rows"
+    return "lengths" if own_stream and positions_depend_on_length(model, prompts, limits) else "none"
 
 
 def _sampling_settings(
@@ -264,11 +340,12 @@ def _lengths(
     model: Any, prompts: list[list[int]], call: Call, request: Request
 ) -> tuple[int | None, list[int], list[int]]:
     """`max_seq_len`, and per prompt the most new tokens as asked and as `max_seq_len` leaves them."""
-    options = call.options
-    total = resolve_alias("max_seq_len", request.max_seq_len, "max_length", options.get("max_length"))
-    max_seq_len = context_of(model) if total is None else check_int("max_seq_len", total, least=1)
+    by_length, by_gen_len = request.max_seq_len, request.max_gen_len
+    total = resolve_alias("max_seq_len", by_length, "max_length", call.option("max_length", beside=by_length))
+    max_seq_len = check_max_seq_len(model, total)
     check_lengths(prompts, max_seq_len)
-    wanted = resolve_alias("max_gen_len", request.max_gen_len, "max_new_tokens", options.get("max_new_tokens"))
+    asked = call.option("max_new_tokens", beside=by_gen_len)
+    wanted = resolve_alias("max_gen_len", by_gen_len, "max_new_tokens", asked)
     gen_lens = choose_gen_lens(wanted, None if total is None else max_seq_len, prompts)
     limits = [
         gen_len if max_seq_len is None else min(gen_len, max_seq_len - len(prompt))

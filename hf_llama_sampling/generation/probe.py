@@ -14,7 +14,43 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from .caches import can_be_shared
-from .model_info import device_of, length_limit, vocab_size_of
+from .model_info import device_of, length_limit, soft_prompts_of, vocab_size_of
+from .view import Observer
+
+# Families of which `tests/families` shows that a row stays what it is alone, in a batch and behind padding. Others are
+# tried out.
+KNOWN = frozenset(
+    [
+        "llama",
+        "mistral",
+        "mixtral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "codegen",
+        "opt",
+        "bloom",
+        "falcon",
+        "stablelm",
+        "olmo2",
+        "granite",
+        "cohere",
+        "starcoder2",
+        "deepseek_v3",
+        "glm4",
+        "smollm3",
+    ]
+)
 
 # What was found, by model: a name of the question, and the answer.
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
@@ -29,14 +65,50 @@ def reads_in_chunks(model: Any, generate: Callable[..., Any], width: int) -> boo
         width: tokens of the text; rotary factors may depend on it.
     """
     limit = length_limit(model)
-    if limit is not None and width > limit:
+    if soft_prompts_of(model) is not None or (limit is not None and width > limit):
         return False
     return _found(model, "chunks", lambda: _reads_in_chunks(model, generate))
 
 
-def honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
-    """Whether a row's logits stay what they are alone when padding, masked, stands before it."""
-    return _found(model, "padding", lambda: _honours_padding(model, generate))
+class Probe:
+    """What the forward of a model can take, tried out when it is asked, and once per model.
+
+    Args:
+        model: a decoder-only causal language model.
+        generate: transformers' own `generate` of that model.
+    """
+
+    def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
+        self.model, self.generate = model, generate
+
+    def takes_padding(self) -> bool:
+        """Whether a row's logits stay what they are alone when padding, masked, stands before it."""
+        if soft_prompts_of(self.model) is not None:
+            return False  # they stand before the padding, and would move away from their text
+        return self._holds("padding", _takes_padding)
+
+    def keeps_rows_apart(self) -> bool:
+        """Whether a row's logits stay what they are alone in a batch of one length; some recurrent states mix rows."""
+        return self._holds("rows", _keeps_rows_apart)
+
+    def scores_prompts(self) -> bool:
+        """Whether a column's logits are what the loop gets for the text up to it, so that they score the next token."""
+        return self._holds("scores", _scores_prompts)
+
+    def _holds(self, question: str, ask: Callable[[Any, Callable[..., Any]], bool]) -> bool:
+        if self.model.training or _is_known(self.model):  # in training, dropout would be all that is found
+            return True
+        return _found(self.model, question, lambda: ask(self.model, self.generate))
+
+
+def _is_known(model: Any) -> bool:
+    """Whether the forward is that of a family which the tests have found to leave masked padding out."""
+    replaced = "forward" in vars(model) and not hasattr(model, "_hf_hook")  # accelerate's hooks keep what is computed
+    home = f"transformers.models.{model.config.model_type}."
+    # `Llama.model` has a property there, which adds the reference's calls to its class' own forward.
+    forwards = (vars(part).get("forward") for part in type(model).__mro__)
+    forward = next(method for method in forwards if callable(method))
+    return not replaced and model.config.model_type in KNOWN and forward.__module__.startswith(home)
 
 
 def repeats_rows(model: Any, generate: Callable[..., Any], width: int) -> bool:
@@ -44,7 +116,7 @@ def repeats_rows(model: Any, generate: Callable[..., Any], width: int) -> bool:
     limit = length_limit(model)
     if limit is not None and width > limit:
         return False
-    return _found(model, "rows", lambda: _repeats_rows(model, generate))
+    return _found(model, "copies", lambda: _repeats_rows(model, generate))
 
 
 def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
@@ -96,7 +168,7 @@ def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
     return _equal(repeated, whole, model.dtype)
 
 
-def _honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
+def _takes_padding(model: Any, generate: Callable[..., Any]) -> bool:
     ids, pads = _some_ids(model, 12), 7
     batch = torch.stack([ids, torch.cat([ids[:1].expand(pads), ids[pads:].flip(0)])])
     mask = torch.ones_like(batch)
@@ -109,24 +181,70 @@ def _honours_padding(model: Any, generate: Callable[..., Any]) -> bool:
     return _equal(together[1:], alone, model.dtype)
 
 
+def _keeps_rows_apart(model: Any, generate: Callable[..., Any]) -> bool:
+    ids = _some_ids(model, 5)
+    batch = torch.stack([ids, ids.flip(0)])
+    together, _ = _logits(generate, batch, torch.ones_like(batch))
+    alone, _ = _logits(generate, batch[1:], torch.ones_like(batch[1:]))
+    return _equal(together[1:], alone, model.dtype)
+
+
+class _AllLogits:
+    """An observer that asks for the logits of all columns of the first forward, and keeps them."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.logits: Tensor | None = None  # (B, columns or fewer, V)
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.logits is None and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = self.columns
+        output = forward(*args, **kwargs)
+        if self.logits is None:
+            self.logits = output.logits[:, -self.columns :]
+        return output
+
+
+def _scores_prompts(model: Any, generate: Callable[..., Any]) -> bool:
+    ids = _some_ids(model, 8)[None]
+    whole, part = _AllLogits(8), _AllLogits(4)
+    try:
+        _logits(generate, ids, torch.ones_like(ids), observer=whole)
+        _logits(generate, ids[:, :4], torch.ones_like(ids[:, :4]), observer=part)
+    except Exception:
+        return False
+    if whole.logits is None or part.logits is None or whole.logits.shape[1] < 8:
+        return False
+    return _equal(whole.logits[:, 3].float(), part.logits[:, -1].float(), model.dtype)
+
+
 def _some_ids(model: Any, count: int) -> Tensor:
     """Some ids of the vocabulary, (count,)."""
     return torch.arange(1, count + 1, device=device_of(model)) * 37 % vocab_size_of(model)
 
 
 def _logits(
-    generate: Callable[..., Any], ids: Tensor, mask: Tensor, past_key_values: Any = None, **options: Any
+    generate: Callable[..., Any],
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    past_key_values: Any = None,
+    observer: Observer | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
     """The logits of three steps after ids (B, T), (B, 3, V), and the cache."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **options
     )
     given = {} if past_key_values is None else {"past_key_values": past_key_values}
-    output = generate(ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(1)], **given)
+    output = generate(
+        ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(1)], observer=observer, **given
+    )
     return torch.stack(output.logits, 1), output.past_key_values
 
 
 def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether logits are equal up to the model's rounding at their size; a state that is lost is off by far more."""
-    allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * expected.abs().max()
+    size = expected.abs().where(expected.abs() < 1e30, 0.0).max()  # some models mask ids with the least float
+    allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * size
     return bool((found - expected).abs().max() <= allowed)

@@ -4,12 +4,14 @@ What this module does not do: it cuts nothing at an EOS; `trimming` does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .loop import Finished, LoopState
+from .loop import Finished, LoopState, run_loop
+from .options import Call
 from .plan import Plan
 from .scoring import (
     RowScores,
@@ -32,6 +34,39 @@ class Rows:
     logprobs: list[list[float]]
     sampled_logprobs: list[list[float]]
     top_logprobs: list[list[TopLogprobs]]
+
+
+def run_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> tuple[Rows, dict[str, Any]]:
+    """Run a plan, part by part where rows must not see each other; the rows in their order, and the loop's extras.
+
+    Extras of several parts do not line up, so there are none.
+    """
+    parts = plan.parts()
+    if len(parts) > 1:
+        _refuse_for_parts(call)
+    runs = [run_loop(model, generate, part, call) for part in parts]
+    collected = [collect_rows(part, run) for part, run in zip(parts, runs, strict=True)]
+    if len(parts) == 1:
+        return collected[0], runs[0].extras
+    order = sorted(range(len(plan.prompts)), key=[row for part in parts for row in part.row_ids].__getitem__)
+
+    def joined(name: str) -> list[Any]:
+        values = [value for rows in collected for value in getattr(rows, name)]
+        return [values[place] for place in order] if values else []
+
+    return Rows(*(joined(field.name) for field in fields(Rows))), {}
+
+
+def _refuse_for_parts(call: Call) -> None:
+    """Refuse what goes with one run: a streamer, a time, a cache, inputs beside the ids."""
+    beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == "past_key_values"]
+    names = [name for name in ("streamer",) if call.to_loop.get(name) is not None]
+    names += [name for name in ("max_time",) if call.options.get(name) is not None]
+    for name in names + beside:
+        raise ValueError(
+            f"{name} goes with one run, and rows of this model run apart, since they would change each other: pass "
+            "one prompt at a time"
+        )
 
 
 def collect_rows(plan: Plan, run: Finished) -> Rows:

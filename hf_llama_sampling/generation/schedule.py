@@ -9,7 +9,7 @@ longer prompts are forced token by token. *padded* puts all prompts' ends into o
 What this module does not do: it lays out no tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 Schedule = Literal["auto", "reference", "padded"]
@@ -17,7 +17,13 @@ Layout = Literal["reference", "padded"]
 
 
 def choose_schedule(
-    asked: Schedule, lengths: Sequence[int], limits: Sequence[int], context: int | None, *, timed: bool
+    asked: Schedule,
+    lengths: Sequence[int],
+    limits: Sequence[int],
+    context: int | None,
+    *,
+    takes_padding: Callable[[], bool],
+    timed: bool,
 ) -> Layout:
     """Choose padded for a ragged batch that fits the model's context that way, reference otherwise.
 
@@ -28,6 +34,7 @@ def choose_schedule(
         lengths: of the prompts, in tokens.
         limits: most new tokens of each row.
         context: the longest text the model was made for, or None if unknown.
+        takes_padding: answers whether a row stays what it is alone when masked padding stands before it.
         timed: whether the run ends after a time, which might be before all prompts are read.
 
     Raises:
@@ -41,7 +48,13 @@ def choose_schedule(
             f'schedule="padded" needs the longest prompt and the most new tokens of any row to fit together in the '
             f'model\'s context of {context} tokens, got {width}: take schedule="reference", or fewer new tokens'
         )
-    padded = asked == "padded" or (asked == "auto" and ragged and fits)
+    takes = not ragged or asked == "reference" or not fits or takes_padding()
+    if asked == "padded" and not takes:
+        raise ValueError(
+            'schedule="padded" needs a model that leaves masked padding out of its answers, and this one reads it: '
+            'take schedule="reference", or prompts of one length'
+        )
+    padded = asked == "padded" or (asked == "auto" and ragged and fits and takes)
     if timed and ragged and not padded:
         raise ValueError(
             "max_time may end a run before the longer prompts of a ragged batch are read in the reference schedule: "

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from ..checks import nonfinite
 from .inputs import right_padded
 from .model_info import device_of, vocab_size_of
-from .probe import reads_in_chunks
+from .probe import Probe, reads_in_chunks
 
 TopLogprobs = list[tuple[int, float]]
 """The best ids of one position with their raw logprobs, best first."""
@@ -235,6 +235,15 @@ def prefill_only(
     mask = torch.ones_like(input_ids)
     generate(input_ids, attention_mask=mask, generation_config=config, observer=scorer, **(model_kwargs or {}))
     return scorer
+
+
+def refuse_without_order(model: Any, probe: Probe) -> None:
+    """Refuse logprobs of given texts from a model whose logits at a token are not those of what comes next."""
+    if not probe.scores_prompts():
+        raise ValueError(
+            "logprobs of a given text need a model that reads from left to right and gives the logits of all "
+            f"positions, and {type(model).__name__} does not: leave out echo, or take another model"
+        )
 
 
 def chunk_of(model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_bytes: int) -> int | None:

@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig
 from .caches import lay_out, select_rows
 from .options import CACHING, Call
 from .plan import Plan
-from .probe import honours_padding, reads_in_chunks, repeats_rows
+from .probe import Probe, reads_in_chunks, repeats_rows
 from .scoring import PromptScorer, TokenScores, chunk_of
 from .walk import forward_cost
 
@@ -63,7 +63,9 @@ def share_prefill(
     if not (prefix or repeats):
         return None
     in_chunks = reads_in_chunks(model, generate, plan.start)
-    if prefix and not (in_chunks and (min(plan.offsets) == max(plan.offsets) or honours_padding(model, generate))):
+    if prefix and not (
+        in_chunks and (min(plan.offsets) == max(plan.offsets) or Probe(model, generate).takes_padding())
+    ):
         prefix = 0
     if repeats and not (in_chunks or repeats_rows(model, generate, plan.start)):
         repeats = False

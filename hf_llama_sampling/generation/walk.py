@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from ..checks import nonfinite
 from .caches import bytes_per_column, drop_last, repeat_rows, take_row, window_of
-from .model_info import device_of, length_limit, vocab_size_of
+from .model_info import device_of, forget_longer_texts, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
 from .probe import reads_in_chunks
 from .scoring import RowScores, columns_per_chunk, needs_one_chunk, nonfinite_rows, too_few_logits
@@ -230,6 +230,7 @@ class _Walk:
     ) -> None:
         self.model, self.generate, self.top, self.greedy = model, generate, top, greedy
         self.chunk_bytes, self.cache_bytes, self.by_length = chunk_bytes, cache_bytes, by_length
+        self.rotary_grows = length_limit(model) is not None
         self.device = device_of(model)
         self.vocab_size = vocab_size_of(model)
         self.most_read = columns_per_chunk(1, self.vocab_size, chunk_bytes)  # columns of logits in one forward
@@ -339,6 +340,8 @@ class _Walk:
 
     def forward(self, before: Ids, steps: list[Step], cache: Any) -> Any:
         """Forward a batch of steps after the cache of what is before them; the cache of all of it, if it is needed."""
+        if self.rotary_grows:
+            forget_longer_texts(self.model)
         width = max(len(step.tokens) for step in steps)
         ids = np.zeros((len(steps), len(before) + width), np.int64)  # a pad stands behind all that is read
         read = np.zeros((len(steps), width), bool)

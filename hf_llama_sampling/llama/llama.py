@@ -20,7 +20,6 @@ from ..generation.model_info import check_positions, context_of, eos_ids_of, ref
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
-from ..sampling.settings import SamplingSettings
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
 from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .inputs import as_dialogs, as_rows, as_texts
@@ -209,7 +208,6 @@ class Llama:
         >>> llama.generate([[1, 367, 542], [1]], max_gen_len=4, temperature=0.0)
         ([[988, 13, 985, 982], [323, 362, 1017, 633]], None)
         """
-        settings = SamplingSettings(temperature, top_p, seeds)
         flags = {
             "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
             "echo": check_bool("echo", echo, "the answers then start with their prompts"),
@@ -220,13 +218,13 @@ class Llama:
             prompts,
             return_dict_in_generate=True,
             max_gen_len=max_gen_len,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
+            temperature=temperature,
+            top_p=top_p,
             max_seq_len=self.max_seq_len,
             eos_token_id=self.eos_ids if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
-            seeds=settings.seeds,
+            seeds=seeds,
             **flags,
             **_given(streamer=streamer, stopping_criteria=stopping_criteria),
         )

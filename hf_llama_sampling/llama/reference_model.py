@@ -19,18 +19,24 @@ from transformers import PreTrainedModel
 from ..checks import check_int
 from ..generation.caches import can_be_shared, can_drop, drop_last, select_rows
 from ..generation.mixin import with_llama_generation
-from ..generation.model_info import device_of, vocab_size_of
+from ..generation.model_info import device_of, length_limit, vocab_size_of
 
 _IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
 _FROM_PARAMS = ("n_layers",)
 
 
-class _Cached(NamedTuple):
-    """The texts that earlier calls of `forward(tokens, start_pos)` have read."""
+class _Read(NamedTuple):
+    """What earlier calls of `forward(tokens, start_pos)` have read."""
 
-    cache: Any  # the model's own
-    rows: int
-    length: int  # tokens of each row
+    ids: Tensor  # (B, T), the texts
+    cache: Any  # the model's own of these texts; of no use where it holds other things than their keys and values
+
+
+class _Answer(NamedTuple):
+    """What a forward answers."""
+
+    logits: Tensor  # (B, T, V)
+    cache: Any
 
 
 def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) -> Any:
@@ -44,7 +50,7 @@ def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) ->
     handle = _as_reference(handle)
     handle.params = params
     handle.max_seq_len = params.max_seq_len  # the one limit of generate, score_tokens and forward
-    handle._cached = None
+    handle._read, handle._goes_on = None, {}
     return handle
 
 
@@ -52,7 +58,8 @@ class ReferenceModel:
     """The reference's interface, put before a model class by `with_reference_interface`."""
 
     params: SimpleNamespace
-    _cached: _Cached | None
+    _read: _Read | None
+    _goes_on: dict[bool, bool]  # for single tokens (True) and for several: whether a cache gave the logits of the whole
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -83,13 +90,23 @@ class ReferenceModel:
 
     @torch.no_grad()
     def _forward_at(self, forward: Callable[..., Any], tokens: Any, start_pos: Any) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T) at `start_pos`, by the cache of earlier calls where it can be trusted."""
         start = check_int("start_pos", start_pos, least=0)
-        ids = self._check_tokens(tokens, start)
-        cached, self._cached = self._cached, None  # of a call that fails nothing is kept
-        cache = None if start == 0 else _rewind(cached, len(ids), start, type(self).__name__)
-        output = forward(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
-        self._cached = _Cached(getattr(output, "past_key_values", None), len(ids), start + ids.shape[1])
-        return output.logits.float()  # type: ignore[no-any-return]
+        new = self._check_tokens(tokens, start)
+        earlier, self._read = self._read, None  # a call that fails keeps nothing
+        ids = torch.cat([_texts_before(earlier, len(new), start), new], 1) if start else new
+        single = new.shape[1] == 1
+        by_cache = None
+        if earlier is not None and start and self._goes_on.get(single, True) and _fits(ids, length_limit(self)):
+            by_cache = _go_on(forward, earlier, new, start)
+        if by_cache is None or single not in self._goes_on:
+            answer = _whole(forward, ids)
+            if by_cache is not None:  # the first time: does the cache give what the whole text gives?
+                self._goes_on[single] = _equal(by_cache.logits, answer.logits[:, start:], self.dtype)
+        if by_cache is not None and self._goes_on[single]:
+            answer = by_cache
+        self._read = _Read(ids, answer.cache)
+        return answer.logits[:, -new.shape[1] :].float()
 
     def _check_tokens(self, tokens: Any, start: int) -> Tensor:
         """Token ids (B, T) on the model's device."""
@@ -113,12 +130,12 @@ class ReferenceModel:
     def __getattr__(self, name: str) -> Any:
         if name in _FROM_PARAMS:
             return getattr(self.params, name)
-        if name not in (*_IN_DECODER, "output"):
+        if name not in (*_IN_DECODER, "output", "freqs_cis"):
             return super().__getattr__(name)  # type: ignore[misc]
         found = None
         if name == "output":
             found = self.get_output_embeddings()
-        else:
+        elif name in _IN_DECODER:
             decoder = getattr(self, self.base_model_prefix, None)
             found = getattr(decoder, _IN_DECODER[name], None)
         if found is None:
@@ -178,28 +195,55 @@ def _is_position(value: Any) -> bool:
     return True
 
 
-def _rewind(cached: _Cached | None, rows: int, start: int, name: str) -> Any:
-    """The cache of the first `rows` texts, cut to `start` tokens each."""
-    length = 0 if cached is None else cached.length
-    if cached is None or start > length:
+def _fits(ids: Tensor, limit: int | None) -> bool:
+    return limit is None or ids.shape[1] <= limit
+
+
+def _whole(forward: Callable[..., Any], ids: Tensor) -> _Answer:
+    """The logits of whole texts (B, T), and the cache that the model makes of them, if it does."""
+    try:
+        output = forward(input_ids=ids, use_cache=True, return_dict=True)
+    except ValueError:  # recurrent models that make no cache by themselves
+        output = forward(input_ids=ids, use_cache=False, return_dict=True)
+    return _Answer(output.logits, getattr(output, "past_key_values", None))
+
+
+def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int) -> _Answer | None:
+    """The logits of new tokens (B, T) by the cache of those before; None where that cannot tell them."""
+    cache, length = earlier.cache, earlier.ids.shape[1]
+    if not can_be_shared(cache) or int(cache.get_seq_length()) != length or (start < length and not can_drop(cache)):
+        return None
+    if start < length or len(new) < len(earlier.ids):
+        cache = select_rows(drop_last(cache, length - start), torch.arange(len(new)))
+    try:
+        output = forward(input_ids=new, past_key_values=cache, use_cache=True, return_dict=True)
+    except (AssertionError, NotImplementedError, TypeError, ValueError):  # a model that takes no cache, or one token
+        return None
+    kept = getattr(output, "past_key_values", None)
+    if kept is None or not hasattr(kept, "get_seq_length") or int(kept.get_seq_length()) != start + new.shape[1]:
+        return None
+    return _Answer(output.logits, kept)
+
+
+def _texts_before(earlier: _Read | None, rows: int, start: int) -> Tensor:
+    """The texts (B, start) that new tokens of so many rows go on from."""
+    length = 0 if earlier is None else earlier.ids.shape[1]
+    if earlier is None or start > length:
         raise ValueError(
             f"start_pos must not lie beyond the tokens that were read, got {start} after {length}: give the tokens "
             "from there, or the whole text with start_pos=0"
         )
-    if rows > cached.rows:
+    if rows > len(earlier.ids):
         raise ValueError(
-            f"a text must be begun with start_pos=0, but {rows} go on at start_pos={start} where {cached.rows} were "
-            "begun: start again with all of them"
+            f"a text must be begun with start_pos=0, but {rows} go on at start_pos={start} where {len(earlier.ids)} "
+            "were begun: start again with all of them"
         )
-    cache = cached.cache
-    if start < length or rows < cached.rows:
-        if not can_be_shared(cache) or (start < length and not can_drop(cache)):
-            raise _no_cache_by_position(name, start)
-        cache = select_rows(drop_last(cache, length - start), torch.arange(rows))
-    if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) != start:
-        raise _no_cache_by_position(name, start)
-    return cache
+    return earlier.ids[:rows, :start]
 
 
-def _no_cache_by_position(name: str, start: int) -> ValueError:
-    return ValueError(f"the cache of {name} cannot go on at start_pos={start}: give the whole text with start_pos=0")
+def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are equal up to rounding; a state that is lost, or another position, is off by far more."""
+    if found.shape != expected.shape:
+        return False
+    allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * expected.abs().max()
+    return bool((found - expected).abs().max() <= allowed)

@@ -13,8 +13,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "xlnet": dict.fromkeys(["echo", "scores", "chunks"], "XLNet"),
     "xlm": dict.fromkeys(["echo", "scores", "chunks"], "XLM"),
     "bert_not_causal": dict.fromkeys(["echo", "scores", "chunks"], "Bert"),
-    # Within its context nothing scales; past it a batch cannot be padded and a text cannot be scored.
-    "llama_dynamic": dict.fromkeys(["padded", "scores", "chunks"], "context"),
+    # Past its context a text is scored only with max_seq_len; and where factors change with the length, as one.
+    "llama_dynamic": {"scores": "context", "chunks": "context|raise chunk_bytes"},
+    **{name: {"chunks": "raise chunk_bytes"} for name in ("llama_longrope", "phi3_longrope", "minimax")},
 }
 for _name in ("mamba", "mamba2", "falcon_mamba", "xlstm"):
     REFUSED[_name]["attentions"] = "attentions"  # they have none
@@ -22,84 +23,4 @@ for _name in ("recurrent_gemma", "xlstm"):
     REFUSED[_name]["padded"] = "padding"  # their states run through it
 
 # What goes wrong, per test and family. Remove an entry together with its bug.
-KNOWN: dict[str, dict[str, str]] = {
-    "a_row_is_what_it_is_alone": {
-        "llama_longrope": "rotary factors depend on the longest row",
-        "phi3_longrope": "rotary factors depend on the longest row; its cache is dropped where they change",
-        "rwkv": "its state mixes the rows of a batch while it decodes",
-        "recurrent_gemma": "its recurrence reads padding",
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bart": "its positions count padding as text",
-        "bert_not_causal": "it is bidirectional; its scores are no next-token logprobs",
-        "xlstm": "its state reads padding",
-    },
-    "a_batch_of_one_length": {
-        "rwkv": "its state mixes the rows of a batch while it decodes",
-    },
-    "copies_and_limits_per_row": {
-        "llama_longrope": "rotary factors depend on the longest row",
-        "phi3_longrope": "rotary factors depend on the longest row; its cache is dropped where they change",
-        "rwkv": "its state mixes the rows of a batch while it decodes",
-        "recurrent_gemma": "its recurrence reads padding",
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bart": "its positions count padding as text",
-        "bert_not_causal": "it is bidirectional; its scores are no next-token logprobs",
-        "xlstm": "its state reads padding",
-    },
-    "scores_are_those_of_a_forward": {
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bert_not_causal": "it is bidirectional; its scores are no next-token logprobs",
-        "xlm": "generate appends a mask token that a forward does not see",
-        "chameleon": "a row of finfo.min logits has no finite sum",
-    },
-    "logprobs_are_those_of_the_models_own_run": {
-        "llama_dynamic": "rotary factors depend on the longest row",
-        "llama_longrope": "rotary factors depend on the longest row",
-        "phi3_longrope": "rotary factors depend on the longest row; its cache is dropped where they change",
-        "rwkv": "its state mixes the rows of a batch while it decodes",
-        "recurrent_gemma": "its recurrence reads padding",
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bart": "its positions count padding as text",
-        "bert_not_causal": "it is bidirectional; its scores are no next-token logprobs",
-        "xlm": "generate appends a mask token that a forward does not see",
-        "xlstm": "its state reads padding",
-        "chameleon": "a row of finfo.min logits has no finite sum",
-    },
-    "chunks_score_as_a_whole": {
-        "llama_longrope": "rotary factors depend on the longest row",
-        "phi3_longrope": "rotary factors depend on the longest row; its cache is dropped where they change",
-        "minimax": "its linear attention does not go on after a masked chunk",
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "chameleon": "a row of finfo.min logits has no finite sum",
-    },
-    "chunks_generate_as_a_whole": {
-        "llama_dynamic": "rotary factors depend on the longest row",
-        "llama_longrope": "rotary factors depend on the longest row",
-        "phi3_longrope": "rotary factors depend on the longest row; its cache is dropped where they change",
-        "minimax": "its linear attention does not go on after a masked chunk",
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bart": "its positions count padding as text",
-        "chameleon": "a row of finfo.min logits has no finite sum",
-    },
-    "a_call_leaves_no_state": {
-        "xlnet": "its forward sees the token it predicts; its context is -1",
-        "bert_not_causal": "it is bidirectional; its scores are no next-token logprobs",
-        "xlm": "generate appends a mask token that a forward does not see",
-        "qwen2_vl": "its rope_deltas stay on the model from call to call",
-        "chameleon": "a row of finfo.min logits has no finite sum",
-    },
-    "asking_for_more_changes_no_token": {
-        "falcon_mamba": "AttributeError for attentions, which it has not",
-        "mamba": "AttributeError for attentions, which it has not",
-        "mamba2": "AttributeError for attentions, which it has not",
-        "xlstm": "AttributeError for attentions, which it has not",
-    },
-    "extras_do_not_depend_on_echo": {
-        "llama": "with echo, attentions and hidden states of the prefill cover one column",
-        "gpt2": "with echo, attentions and hidden states of the prefill cover one column",
-        "gemma2": "with echo, attentions and hidden states of the prefill cover one column",
-        "bamba": "with echo, attentions and hidden states of the prefill cover one column",
-        "qwen2_vl": "with echo, attentions and hidden states of the prefill cover one column",
-        "chameleon": "with echo, attentions and hidden states of the prefill cover one column",
-    },
-}
+KNOWN: dict[str, dict[str, str]] = {}

@@ -65,7 +65,8 @@ def test_logprobs_and_echo_forward_what_a_plain_call_forwards(tiny_model, schedu
     """Inputs, masks and positions of every forward: asking for more output adds none and changes none."""
     recorder = Recorder(tiny_model.config).eval()
     recorder.load_state_dict(tiny_model.state_dict())
-    forwarded = []
+    recorder.given, forwarded = [], []
+    recorder.generate(RAGGED, max_gen_len=1, schedule=schedule, echo=True, logprobs=True)  # its class is tried out once
     for more in MORE:
         recorder.given = []
         recorder.generate(RAGGED, max_gen_len=5, seeds=1, eos_token_id=[], schedule=schedule, **more)
@@ -147,7 +148,7 @@ def test_a_model_without_the_logits_of_a_prompt_is_refused_by_name(tiny_model):
     model.load_state_dict(tiny_model.state_dict())
     expected = tiny_model.generate([LONG], max_gen_len=4, seeds=1).tokens
     assert model.generate([LONG], max_gen_len=4, seeds=1, logprobs=True).tokens == expected
-    with pytest.raises(ValueError, match="LastOnly gives 1 for 7: leave out echo and logprobs"):
+    with pytest.raises(ValueError, match="the logits of all positions, and LastOnly does not: leave out echo"):
         model.generate([LONG], max_gen_len=4, seeds=1, logprobs=True, echo=True)
 
 

@@ -146,16 +146,60 @@ def test_a_wrong_call_is_one_sentence(llama, call, kind, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_cache_that_cannot_go_back_is_refused():
-    """A full sliding window has lost the columns that would come back; starting anew works."""
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 16,
+    "factor": 32.0,
+}
+WITHOUT_A_CACHE_TO_GO_ON = {
+    "sliding": FAMILIES["mistral"],
+    "recurrent": transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+    "longrope": transformers.LlamaConfig(
+        **SMALL,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rope_parameters=LONGROPE,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_CACHE_TO_GO_ON)
+def test_where_a_cache_cannot_tell_the_whole_text_is_read_again(kind):
+    """A full window that goes back, a recurrent state, rotary factors that change with the length: never wrong."""
     torch.manual_seed(1)
-    model = Llama(
-        transformers.AutoModelForCausalLM.from_config(FAMILIES["mistral"]).eval(), Ids(), max_seq_len=64
-    ).model
-    model.forward(torch.arange(3, 43)[None], 0)
-    with pytest.raises(ValueError, match="cannot go on at start_pos=20: give the whole text with start_pos=0"):
-        model.forward(torch.tensor([[5]]), 20)
-    assert model.forward(torch.arange(3, 43)[None], 0).shape == (1, 40, 64)
+    plain = transformers.AutoModelForCausalLM.from_config(WITHOUT_A_CACHE_TO_GO_ON[kind]).eval()
+    model, ids = Llama(plain, Ids(), max_seq_len=64).model, torch.arange(3, 43)[None]
+    want = model.forward(ids, 0)
+    model.forward(ids[:, :30], 0)
+    assert_close(model.forward(ids[:, 12:], 12), want[:, 12:])
+    assert_close(model.forward(ids[:, 39:], 39), want[:, 39:])
+    parts = [model.forward(ids[:, at : at + 5], at) for at in range(0, 40, 5)]
+    assert_close(parts[-1], want[:, 35:])
+
+
+def test_a_forward_that_drops_the_cache_is_noticed(plain):
+    """A wrapper that forgets what came before answers as if each call were the whole text: it is read again."""
+    inner = plain.forward
+    plain.forward = lambda *args, past_key_values=None, **kwargs: inner(*args, **kwargs)
+    model = Llama(plain, str(TINY)).model
+    want = model.forward(IDS, 0)
+    model.forward(IDS[:, :4], 0)
+    assert_close(model.forward(IDS[:, 4:], 4), want[:, 4:])
+
+
+def test_going_on_reads_new_tokens_alone(llama):
+    """But for one comparison with the whole text, for single tokens and for several."""
+    widths = []
+    inner = llama.model.forward
+    llama.model.forward = lambda *args, **kwargs: widths.append(kwargs["input_ids"].shape[1]) or inner(*args, **kwargs)
+    for start, width in ((0, 2), (2, 2), (4, 2), (6, 1), (7, 1), (3, 2)):
+        llama.model.forward(IDS[:, start : start + width], start)
+    assert widths == [2, 2, 4, 2, 1, 7, 1, 2]
 
 
 # The model that it stays

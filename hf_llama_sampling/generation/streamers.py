@@ -1,0 +1,52 @@
+"""Streamers: whoever reads from one never waits for ever.
+
+What this module does not do: it makes no text; streamers of the caller's do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class _Tracked:
+    """A streamer that knows whether it has been ended."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer, self.ended = streamer, False
+
+    def put(self, value: Any) -> None:
+        """Hand tokens on."""
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """End the stream."""
+        self.ended = True
+        self.streamer.end()
+
+
+@contextmanager
+def ended_with_the_call(keywords: dict[str, Any]) -> Iterator[None]:
+    """End the streamer among the keywords before any error leaves the call, KeyboardInterrupt included."""
+    streamer = keywords.get("streamer")
+    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):  # None, or refused with the other options
+        yield
+        return
+    keywords["streamer"] = tracked = _Tracked(streamer)
+    try:
+        yield
+    except BaseException:
+        if not tracked.ended:
+            _end(streamer)
+        raise
+
+
+def _end(streamer: Any) -> None:
+    """End a streamer, whatever else is wrong with it: the error that is on its way out must not be replaced."""
+    try:
+        streamer.end()
+    except Exception:
+        # Text that is still held back cannot be decoded; a reader is told the end all the same.
+        try:
+            streamer.on_finalized_text("", stream_end=True)
+        except Exception:
+            return

@@ -144,7 +144,7 @@ def test_what_is_compared_does_the_same_work(models):
 def test_extra_memory_of_logprobs():
     """Far below transformers' recipe, and at four times the length at most four times as much."""
     models = memory.wide_models(1024)
-    batch = memory.Batch(rows=4, prompt=224, new=4)
+    batch = memory.Batch(rows=4, prompt=448, new=4)
     (against_recipe,) = memory.logprobs_and_echo(models, batch)
     assert against_recipe.median < 0.4
     (fourfold,) = memory.four_times_the_length(models, batch._replace(prompt=56))

@@ -137,6 +137,8 @@ WAYS_OUT = {
     "position_ids": "positions follow from the prompts",
     "token_type_ids": "leave it out: prompts are laid out anew here, without it",
 }
+# What `pipeline("text-generation")` adds to each call in which its user did not say otherwise (transformers 5.23).
+PIPELINE_ADDS = {"max_new_tokens": 256, "do_sample": True}
 # Arguments of transformers' `generate` that are no options of a config.
 LOOP_ARGUMENTS = (
     "logits_processor",
@@ -159,8 +161,10 @@ class Call:
     in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
 
     def option(self, name: str, *, beside: Any = None) -> Any:
-        """An option's value. A config's counts for nothing beside what the call itself says, in either spelling."""
-        return None if beside is not None and name in self.in_config else self.options.get(name)
+        """An option's value. A config's, or a pipeline's own, counts for nothing beside what the call itself says."""
+        added = name in PIPELINE_ADDS and all(self.options.get(key) == value for key, value in PIPELINE_ADDS.items())
+        weaker = name in self.in_config or (added and name == "max_new_tokens")
+        return None if beside is not None and weaker else self.options.get(name)
 
     def editing(self) -> list[str]:
         """The names of the options in force that edit logits, sorted."""

@@ -41,6 +41,9 @@ class Probes(Protocol):
     def keeps_rows_apart(self) -> bool:
         """Whether a row stays what it is alone in a batch of one length."""
 
+    def scores_prompts(self) -> bool:
+        """Whether a column's logits are what the loop gets for the text up to it."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -305,7 +308,12 @@ def _rows_apart(
                 "seeds, or one prompt at a time"
             )
         return "rows"
-    return "lengths" if own_stream and positions_depend_on_length(model, prompts, limits) else "none"
+    ragged = len(set(map(len, prompts))) > 1
+    if not (own_stream and ragged):
+        return "none"
+    # Where a token sees what follows it, a prompt that is read in parts is another one.
+    longest_matters = positions_depend_on_length(model, prompts, limits) or not probes.scores_prompts()
+    return "lengths" if longest_matters else "none"
 
 
 def _sampling_settings(

@@ -19,38 +19,11 @@ from .view import Observer
 
 # Families of which `tests/families` shows that a row stays what it is alone, in a batch and behind padding. Others are
 # tried out.
-KNOWN = frozenset(
-    [
-        "llama",
-        "mistral",
-        "mixtral",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "phi",
-        "phi3",
-        "gpt2",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "codegen",
-        "opt",
-        "bloom",
-        "falcon",
-        "stablelm",
-        "olmo2",
-        "granite",
-        "cohere",
-        "starcoder2",
-        "deepseek_v3",
-        "glm4",
-        "smollm3",
-    ]
-)
+KNOWN = {
+    *("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("phi", "phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen", "opt", "bloom", "falcon", "stablelm", "olmo2"),
+    *("granite", "cohere", "starcoder2", "deepseek_v3", "glm4", "smollm3"),
+}
 
 # What was found, by model: a name of the question, and the answer.
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
@@ -102,13 +75,16 @@ class Probe:
 
 
 def _is_known(model: Any) -> bool:
-    """Whether the forward is that of a family which the tests have found to leave masked padding out."""
-    replaced = "forward" in vars(model) and not hasattr(model, "_hf_hook")  # accelerate's hooks keep what is computed
-    home = f"transformers.models.{model.config.model_type}."
-    # `Llama.model` has a property there, which adds the reference's calls to its class' own forward.
-    forwards = (vars(part).get("forward") for part in type(model).__mro__)
-    forward = next(method for method in forwards if callable(method))
-    return not replaced and model.config.model_type in KNOWN and forward.__module__.startswith(home)
+    """Whether the model runs a family's own code, which the tests found to keep rows as they are alone."""
+    if model.config.model_type not in KNOWN or ("forward" in vars(model) and not hasattr(model, "_hf_hook")):
+        return False  # accelerate's hooks replace a forward and keep what it computes
+    return all(_home_of(type(model), name) == "transformers" for name in ("forward", "prepare_inputs_for_generation"))
+
+
+def _home_of(model_class: Any, name: str) -> Any:
+    """The package that defines a method; this one's classes hand on to those that they derive from."""
+    homes = (one.__module__.partition(".")[0] for one in model_class.__mro__ if name in vars(one))
+    return next(home for home in homes if home != __name__.partition(".")[0])
 
 
 def repeats_rows(model: Any, generate: Callable[..., Any], width: int) -> bool:

@@ -241,7 +241,7 @@ def refuse_without_order(model: Any, probe: Probe) -> None:
     """Refuse logprobs of given texts from a model whose logits at a token are not those of what comes next."""
     if not probe.scores_prompts():
         raise ValueError(
-            "logprobs of a given text need a model that reads from left to right and gives the logits of all "
+            "logprobs of a given text need a model that reads from left to right and gives the logits of all its "
             f"positions, and {type(model).__name__} does not: leave out echo, or take another model"
         )
 

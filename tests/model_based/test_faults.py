@@ -155,7 +155,6 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 # Remove the mark with the mend: it is strict.
-@pytest.mark.xfail(strict=True, reason="no error ends a streamer's text")
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_a_streamers_reader_is_never_left_waiting(wrong):
     """Whatever is wrong with a call, and whenever it is seen, the text of a `TextIteratorStreamer` ends."""

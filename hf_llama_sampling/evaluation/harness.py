@@ -13,18 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers import StoppingCriteria
 
 from ..checks import check_int, first_not_none
 from ..llama.llama import Llama
+from ..llama.stopping import StopStrings
 
-_MAX_LENGTH = 2048  # tokens, where neither the call nor the model says; the harness' own
+_BATCH_SIZE = 8
 _MAX_GEN_TOKS = 256  # the harness' own
 _NOT_OURS = ("do_sample", "until", "max_gen_toks", "temperature")
 
@@ -38,7 +37,9 @@ class LlamaLM(TemplateLM):
             `Llama`, or a transformers model.
         tokenizer: where the tokenizer is, or a tokenizer; where `pretrained` is, if not given. A transformers model
             needs one.
-        batch_size: most prompts in one call of `generate`. Scoring cuts its work by memory instead.
+        batch_size: most prompts in one call of `generate`; the harness' `"auto"` means 8. Scoring cuts its work by
+            memory instead.
+        max_batch_size: the most that `"auto"` may mean.
         seeds: the run's seed. Each document draws from a stream of its own, from this and its text; 1 if not given.
         max_length: most tokens of a text; the model's context if not given.
         add_bos_token: whether texts start with BOS; the tokenizer's own habit if not given.
@@ -70,9 +71,9 @@ class LlamaLM(TemplateLM):
         self.llama = _llama(pretrained, tokenizer, dtype, device)
         self.model = self.llama.model
         self.tokenizer = getattr(self.llama.tokenizer, "tokenizer", None)
-        self.batch_size = 8 if batch_size in ("auto", None) else check_int("batch_size", int(batch_size), least=1)
+        self.batch_size = _batch_size(batch_size, max_batch_size)
         self.seeds = check_int("seeds", seeds, least=0, most=2**64 - 1)
-        self.max_length = int(first_not_none(max_length, self.llama.max_seq_len, _MAX_LENGTH))
+        self.max_length = int(first_not_none(max_length, self.llama.max_seq_len))
         self.add_bos_token = add_bos_token
 
     @property
@@ -208,8 +209,7 @@ class LlamaLM(TemplateLM):
     def _complete(self, contexts: Sequence[str], settings: dict[str, Any], seeds: list[int]) -> list[str]:
         """One call of `generate`, with settings that all contexts share."""
         asked = dict(normalize_gen_kwargs(settings, _MAX_GEN_TOKS))
-        eos = self.llama.tokenizer.decode([self.eot_token_id]) if self.tokenizer is None else None
-        eos = self.tokenizer.decode([self.eot_token_id]) if self.tokenizer is not None else eos
+        eos = (self.tokenizer or self.llama.tokenizer).decode([self.eot_token_id])
         until = handle_stop_sequences(asked.get("until"), eos=eos or None)
         max_gen_toks, sampled = int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
         room = self.max_length - max_gen_toks
@@ -218,6 +218,7 @@ class LlamaLM(TemplateLM):
                 f"max_gen_toks must leave room for a prompt in {self.max_length} tokens, got {max_gen_toks}: lower it"
             )
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        stops = StopStrings([text for text in until if text], len(prompts))
         output = self.model.generate(
             prompts,
             max_gen_len=max_gen_toks,
@@ -226,7 +227,7 @@ class LlamaLM(TemplateLM):
             temperature=asked["temperature"] if sampled else 0,
             seeds=seeds,
             schedule="padded",
-            stopping_criteria=[_StopStrings(until, self.llama.text_of)],
+            stopping_criteria=[stops.criterion(prompts, self.llama.text_of)],
             **{name: value for name, value in asked.items() if name not in _NOT_OURS},
         )
         return [
@@ -235,21 +236,11 @@ class LlamaLM(TemplateLM):
         ]
 
 
-class _StopStrings(StoppingCriteria):
-    """End a row when the text that it generated holds a stop string."""
-
-    def __init__(self, until: Sequence[str], text_of: Any) -> None:
-        self.until = [text for text in until if text]
-        self.text_of = text_of
-        self.start: int | None = None  # the column in which all completions begin
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """input_ids: (B, T). Returns (B,) bool."""
-        if self.start is None:
-            self.start = input_ids.shape[1] - 1
-        texts = [self.text_of(row) for row in input_ids[:, self.start :].tolist()]
-        met = [any(stop in text for stop in self.until) for text in texts]
-        return torch.tensor(met, device=input_ids.device)
+def _batch_size(asked: int | str | None, most: int | None) -> int:
+    """The batch size that the harness asks for."""
+    if asked not in ("auto", None):
+        return check_int("batch_size", int(asked), least=1)
+    return _BATCH_SIZE if most is None else min(_BATCH_SIZE, check_int("max_batch_size", int(most), least=1))
 
 
 def _llama(pretrained: Any, tokenizer: Any, dtype: Any, device: str | None) -> Llama:

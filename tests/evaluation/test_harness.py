@@ -118,6 +118,24 @@ def test_a_sampled_evaluation_repeats_exactly(ours, tasks, tiny_model, tiny_toke
     assert len(set(ours._seeds([("same", {}), ("same", {}), ("other", {})]))) == 3
 
 
+def test_a_stop_string_in_a_prompt_stops_nothing(ours):
+    """Each completion is what it is alone, however long the prompts beside it are and whatever these hold."""
+    contexts = ["ROMEO:", "Speak, the king of all the land and more to the", "The queen: the end"]
+    settings = {"until": ["the"], "max_gen_toks": 12, "do_sample": False}
+    alone = [ours._complete([context], settings, [1])[0] for context in contexts]
+    assert ours._complete(contexts, settings, [1, 2, 3]) == alone
+    assert all(len(text) > 1 for text in alone)
+
+
+def test_the_harness_own_words_for_a_batch_size(tiny_model, tiny_tokenizer):
+    """`"auto"` means 8 at most, and fewer where the harness says so."""
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    sizes = [("auto", None), ("auto", 3), ("auto", 100), ("5", 3), (None, None)]
+    made = [LlamaLM(tiny_model, tiny_tokenizer, batch_size=size, max_batch_size=most) for size, most in sizes]
+    assert [model.batch_size for model in made] == [8, 3, 8, 5, 8]
+
+
 @pytest.mark.parametrize("length", [5, 40, 127, 128, 129, 300])
 def test_rolling_and_truncation_equal_the_harness_model(tiny_model, tiny_tokenizer, theirs, length, monkeypatch):
     """Texts around and beyond the longest that is read at once."""

@@ -1,5 +1,6 @@
 """Faults: after any of them the model works at once, no reader waits, and threads do not mix."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -79,15 +80,14 @@ class RaisingTokenizer:
 
 def raising_forward(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The model itself raises in its third forward."""
-    forward, calls = tiny().forward, []
+    calls: list[int] = []
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
+    def broken(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(tiny(), "forward", broken)
+    monkeypatch.setitem(tiny().lm_head._forward_hooks, -1, broken)
     return {}
 
 
@@ -123,19 +123,21 @@ def test_nan_is_named_by_row_and_position(schedule, value, row, position, monkey
     text = before.tokens[row]
     if len(text) <= position:
         pytest.skip("the row ends before")
-    forward = tiny().forward
+    columns: list[int] = []  # of the row's own, after each forward
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        count = mask.shape[1] if mask is not None else 0
-        pads = int((mask[row] == 0).sum()) if mask is not None else 0
-        if count - pads == position:
-            out.logits[row, -1, 4] = value
-        return out
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        ids = kwargs["input_ids"]
+        pads = 0 if mask is None or len(mask) <= row else int((mask[row] == 0).sum())
+        columns.append(ids.shape[1] + (0 if cache is None else cache.get_seq_length()) - pads)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny(), "forward", broken)
+    def break_logits(module: Any, args: Any, logits: torch.Tensor) -> None:
+        if len(logits) > row and columns[-1] == position:
+            logits[row, -1, 4] = value
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(tiny().register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(tiny().lm_head.register_forward_hook(break_logits).remove)
         with pytest.raises(ValueError, match=rf"position {position} of row {row} hold nan or inf"):
             seeded(schedule=schedule, eos_token_id=39, temperature=0, max_gen_len=5)
     after = seeded(schedule=schedule, eos_token_id=39, temperature=0, max_gen_len=5)

@@ -105,7 +105,7 @@ def _refuse_padding(prompts: list[list[int]], pad_id: int | None, eos_ids: Colle
         warnings.warn(
             f"row {found[0]} begins or ends with {pad_id}, which is both the pad id and an EOS id, and is taken as "
             "text: pass attention_mask if it is padding",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

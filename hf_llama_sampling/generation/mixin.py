@@ -18,7 +18,14 @@ from ..checks import PerRow, check_int
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .inputs import check_lengths, read_prompts
 from .loop import stream_prompts
-from .model_info import check_max_seq_len, eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
+from .model_info import (
+    check_max_seq_len,
+    check_positions,
+    eos_ids_of,
+    named_pad_id,
+    refuse_encoder_decoder,
+    vocab_size_of,
+)
 from .options import resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Request, make_plan
@@ -116,13 +123,7 @@ class LlamaGenerationMixin(GenerationMixin):
             refuse_encoder_decoder(self)
             call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
             inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
-            prompts = read_prompts(
-                inputs,
-                call.to_model.pop("attention_mask", None),
-                vocab_size_of(self),
-                pad_id=named_pad_id(self, call.options),
-                eos_ids=eos_ids_of(self, call.options),
-            )
+            prompts = _read_prompts(self, inputs, call.to_model.pop("attention_mask", None), call.options)
 
             # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
             request = Request(
@@ -205,11 +206,10 @@ class LlamaGenerationMixin(GenerationMixin):
         top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
-        pad_id = named_pad_id(self, {})
-        eos_ids = () if pad_id is None else eos_ids_of(self, {})
-        rows = read_prompts(prompts, attention_mask, vocab_size_of(self), pad_id=pad_id, eos_ids=eos_ids)
+        rows = _read_prompts(self, prompts, attention_mask, {})
         length = check_max_seq_len(self, max_seq_len)
         check_lengths(rows, length, name="the model's context" if max_seq_len is None else "max_seq_len")
+        check_positions(self, max(map(len, rows)), "a text")
         loop = _transformers_generate(self)
         refuse_without_order(self, Probe(self, loop))
         scores = score_rows(self, loop, rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
@@ -253,15 +253,10 @@ class LlamaGenerationMixin(GenerationMixin):
         >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
         """
         refuse_encoder_decoder(self)
-        refuse_without_order(self, Probe(self, _transformers_generate(self)))
+        loop = _transformers_generate(self)
+        refuse_without_order(self, Probe(self, loop))
         return continuations_scored(
-            self,
-            _transformers_generate(self),
-            contexts,
-            continuations,
-            bos=bos,
-            chunk_bytes=chunk_bytes,
-            cache_bytes=cache_bytes,
+            self, loop, contexts, continuations, bos=bos, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
         )
 
 
@@ -270,6 +265,13 @@ _OWN_ARGUMENTS = [name for name in inspect.signature(LlamaGenerationMixin.genera
 
 class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
     """transformers' `LlamaForCausalLM` with LLAMA2's `generate`; loads the same checkpoints."""
+
+
+def _read_prompts(model: Any, inputs: Any, attention_mask: Any, options: dict[str, Any]) -> list[list[int]]:
+    """Prompts as lists of ids; what looks padded is told by the pad id that the call or the checkpoint names."""
+    pad_id = named_pad_id(model, options)
+    eos_ids = () if pad_id is None else eos_ids_of(model, options)
+    return read_prompts(inputs, attention_mask, vocab_size_of(model), pad_id=pad_id, eos_ids=eos_ids)
 
 
 def _transformers_generate(model: Any) -> Callable[..., Any]:

@@ -45,15 +45,6 @@ def check_positions(model: Any, columns: int | None, name: str = "a text with it
         )
 
 
-def positions_of(model: Any) -> int | None:
-    """The positions that a model has learned one vector each for, beyond which it cannot go; None if it has no such."""
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, torch.nn.Embedding) and (last in ("wpe", "embed_positions") or "position_emb" in last):
-            return context_of(model)
-    return None
-
-
 def length_limit(model: Any) -> int | None:
     """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
     config = model.config.get_text_config()
@@ -98,21 +89,8 @@ def soft_prompts_of(model: Any) -> Any:
 
 
 def check_max_seq_len(model: Any, asked: Any) -> int | None:
-    """The most tokens of a text, prompt included: as asked, else what the model was made for; None if nobody says.
-
-    Raises:
-        ValueError: less than 1, or beyond the positions that the model has learned.
-    """
-    if asked is None:
-        return context_of(model)
-    length = check_int("max_seq_len", asked, least=1)
-    context = context_of(model)
-    if context is not None and length > context and positions_of(model) is not None:
-        raise ValueError(
-            f"max_seq_len must not exceed the {context} positions that {type(model).__name__} has learned, got "
-            f"{length}: take at most {context}"
-        )
-    return length
+    """The most tokens of a text, prompt included: as asked, else what the model was made for; None if nobody says."""
+    return context_of(model) if asked is None else check_int("max_seq_len", asked, least=1)
 
 
 def device_of(model: Any) -> torch.device:

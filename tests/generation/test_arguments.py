@@ -115,9 +115,14 @@ def test_learned_positions_are_a_limit_that_cannot_be_raised():
         vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2
     )
     model = with_ours(transformers.GPT2LMHeadModel(config).eval())
-    for call in (model.score_tokens, lambda rows, **more: model.generate(rows, max_gen_len=4, **more)):
-        with pytest.raises(ValueError, match="exceed the 16 positions that GPT2LMHeadModel has learned, got 32"):
-            call([[1] * 20], max_seq_len=32)
+    with pytest.raises(
+        ValueError, match="a text must not exceed the 16 positions that GPT2LMHeadModel has a table of, got"
+    ):
+        model.score_tokens([[1] * 20], max_seq_len=32)
+    with pytest.raises(
+        ValueError, match="must not exceed the 16 positions that GPT2LMHeadModel has a table of, got 24"
+    ):
+        model.generate([[1] * 20], max_gen_len=4, max_seq_len=32)
     assert len(model.generate([[1] * 12], max_gen_len=9, eos_token_id=[]).tokens[0]) == 4
 
 

@@ -36,8 +36,8 @@ def test_a_table_of_positions_is_a_limit_that_cannot_be_raised(gpt2):
     """GPT-2 learned its 64 positions one by one: more are refused where they are asked for, not in the middle."""
     with pytest.raises(ValueError, match="the 64 positions that GPT2LMHeadModel has a table of, got 65"):
         Llama(gpt2, Ids(), max_seq_len=65)
-    with pytest.raises(ValueError, match=r"must not exceed the 64 positions that GPT2LMHeadModel has .*, got 128"):
-        with_llama_generation(gpt2).generate([[1, 5]], max_gen_len=70, max_seq_len=128, eos_token_id=2)
+    with pytest.raises(ValueError, match=r"with its new tokens must not exceed the 64 positions .*, got 72"):
+        with_llama_generation(gpt2).generate([[1, 5]], max_gen_len=70, max_seq_len=128)
     llama = Llama(gpt2, Ids())
     assert llama.max_seq_len == 64 and len(llama.generate([[1] * 60], 10, 0.0)[0][0]) <= 4
 

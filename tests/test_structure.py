@@ -12,7 +12,6 @@ from tests.conftest import HERE
 ROOT = HERE.parent
 # Functions that may be longer than 50 lines, each with its reason.
 MAY_BE_LONG = {
-    "hf_llama_sampling.generation.plan.make_plan": "one value for each field of a plan",
     "hf_llama_sampling.generation.mixin.LlamaGenerationMixin.generate": "its signature, and four numbered phases",
     "hf_llama_sampling.reference.reference_generate": "the reference's loop, to be read beside Meta's",
 }

@@ -105,9 +105,3 @@ class _Utf8:
 
     def flush(self) -> None:
         self.stream.flush()
-
-
-def say(text: str) -> None:
-    """One line on standard error, if there is one."""
-    if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)

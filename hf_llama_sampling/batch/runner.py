@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from accelerate import PartialState
 
 from ..checks import check_bool, check_choice, check_int
+from ..console import say
 from ..defaults import BATCH_SIZE, BATCH_TOKENS, SEED, TEMPERATURE, TOP_P, WINDOW
 from ..generation.model_info import vocab_size_of
 from ..llama.llama import Llama
@@ -29,7 +30,7 @@ from ..sampling.settings import SamplingSettings
 from .engine import Engine, OutOfMemoryBackoff
 from .fingerprint import fingerprint
 from .ordering import batches, cost
-from .output import Progress, ReorderBuffer, say, standard_bytes
+from .output import Progress, ReorderBuffer, standard_bytes
 from .processes import LeastLoaded, on_main, process_state, wait_for_all
 from .requests import InputIndex, RecordReader, Refused, Request, Response
 from .settings import BatchLimits, FieldNames, RunSettings

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -326,19 +325,3 @@ def choose_gen_lens(given: Any, total: int | None, prompts: Sequence[Sequence[in
         check_count("max_gen_len", len(given), len(prompts))
         return [check_int("max_gen_len", value, least=0, where=f" for row {row}") for row, value in enumerate(given)]
     return [check_int("max_gen_len", given, least=0)] * len(prompts)
-
-
-def check_generator(generator: Any, device: torch.device) -> None:
-    """A generator draws on its own device only."""
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, got {generator!r}: pass torch.Generator(device).manual_seed(...), "
-            "or seeds= for one stream per prompt"
-        )
-    if generator.device.type != device.type:
-        raise ValueError(
-            f"generator must live on the model's device {device}, got one on {generator.device}: make it with "
-            f"torch.Generator({device.type!r})"
-        )

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import PerRow, check_bool, check_choice, check_count, check_int, check_seeds, first_not_none
-from ..sampling.settings import SamplingSettings
+from ..checks import PerRow, check_bool, check_choice, check_generator, check_int, first_not_none
+from ..sampling.settings import SamplingSettings, repeat_interleave
 from .inputs import check_lengths, left_padded
 from .model_info import (
     check_max_seq_len,
@@ -25,7 +25,7 @@ from .model_info import (
     token_broadcast,
     vocab_size_of,
 )
-from .options import Call, check_generator, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
+from .options import Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
 from .schedule import Layout, Schedule, choose_schedule
 from .trimming import Compat
 
@@ -241,14 +241,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     apart = _rows_apart(model, rows, repeat_interleave(limits, copies), sampling, probes)
     schedule: Layout = "padded" if request.schedule == "padded" else "reference"
     if apart == "none":
-        schedule = choose_schedule(
-            request.schedule,
-            [len(prompt) for prompt in prompts],
-            limits,
-            None if max_seq_len is None else max(max_seq_len, context_of(model) or 0),
-            takes_padding=lambda: not positions_depend_on_length(model, prompts, limits) and probes.takes_padding(),
-            timed=options.get("max_time") is not None,
-        )
+        schedule = _schedule_of_one_run(model, prompts, limits, max_seq_len, call, request, probes)
     eos_ids = eos_ids_of(model, options)
     pad_id = pad_id_of(model, options, eos_ids)
     return Plan(
@@ -275,6 +268,26 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         vocab_size=vocab_size,
         device=device,
         broadcast_tokens=token_broadcast(model),
+    )
+
+
+def _schedule_of_one_run(
+    model: Any,
+    prompts: list[list[int]],
+    limits: list[int],
+    max_seq_len: int | None,
+    call: Call,
+    request: Request,
+    probes: Probes,
+) -> Layout:
+    """The schedule of rows that run together."""
+    return choose_schedule(
+        request.schedule,
+        [len(prompt) for prompt in prompts],
+        limits,
+        None if max_seq_len is None else max(max_seq_len, context_of(model) or 0),
+        takes_padding=lambda: not positions_depend_on_length(model, prompts, limits) and probes.takes_padding(),
+        timed=call.options.get("max_time") is not None,
     )
 
 
@@ -327,21 +340,7 @@ def _sampling_settings(
         request.generator,
     )
     check_generator(given.generator, device)
-    seeds = None if given.seeds is None else check_seeds(given.seeds, prompts)
-    return SamplingSettings(
-        _per_row_setting("temperature", given.temperature, prompts, copies),
-        _per_row_setting("top_p", given.top_p, prompts, copies),
-        None if seeds is None else repeat_interleave(seeds, copies),
-        given.generator,
-    )
-
-
-def _per_row_setting(name: str, value: float | Sequence[float], prompts: int, copies: int) -> float | Sequence[float]:
-    """A setting given once, or per prompt, as one given once or per row."""
-    if not isinstance(value, Sequence):
-        return value
-    check_count(name, len(value), prompts)
-    return value[0] if len(set(value)) == 1 else repeat_interleave(value, copies)
+    return given.for_rows(prompts, copies)
 
 
 def _lengths(
@@ -361,12 +360,3 @@ def _lengths(
     ]
     check_positions(model, max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
     return max_seq_len, gen_lens, limits
-
-
-def repeat_interleave(values: Sequence[Any], copies: int) -> list[Any]:
-    """Each value so many times, as `num_return_sequences` repeats prompts.
-
-    >>> repeat_interleave(["a", "b"], 2)
-    ['a', 'a', 'b', 'b']
-    """
-    return [value for value in values for _ in range(copies)]

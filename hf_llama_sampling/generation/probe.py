@@ -29,20 +29,6 @@ KNOWN = {
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
-def reads_in_chunks(model: Any, generate: Callable[..., Any], width: int) -> bool:
-    """Whether a text of `width` tokens may be prefilled chunk by chunk with the same result.
-
-    Args:
-        model: a decoder-only causal language model.
-        generate: transformers' own `generate` of that model.
-        width: tokens of the text; rotary factors may depend on it.
-    """
-    limit = length_limit(model)
-    if soft_prompts_of(model) is not None or (limit is not None and width > limit):
-        return False
-    return _found(model, "chunks", lambda: _reads_in_chunks(model, generate))
-
-
 class Probe:
     """What the forward of a model can take, tried out when it is asked, and once per model.
 
@@ -63,6 +49,23 @@ class Probe:
     def keeps_rows_apart(self) -> bool:
         """Whether a row's logits stay what they are alone in a batch of one length; some recurrent states mix rows."""
         return self._holds("rows", _keeps_rows_apart)
+
+    def reads_in_chunks(self, width: int) -> bool:
+        """Whether a text of `width` tokens may be prefilled chunk by chunk with the same result."""
+        if soft_prompts_of(self.model) is not None or self._rotary_grows(width):
+            return False
+        return _found(self.model, "chunks", lambda: _reads_in_chunks(self.model, self.generate))
+
+    def repeats_rows(self, width: int) -> bool:
+        """Whether rows may go on, token by token, from copies of one row's cache of `width` tokens."""
+        if self._rotary_grows(width):
+            return False
+        return _found(self.model, "copies", lambda: _repeats_rows(self.model, self.generate))
+
+    def _rotary_grows(self, width: int) -> bool:
+        """Whether rotary factors depend on the length of a text of so many tokens."""
+        limit = length_limit(self.model)
+        return limit is not None and width > limit
 
     def scores_prompts(self) -> bool:
         """Whether a column's logits are what the loop gets for the text up to it, so that they score the next token."""
@@ -85,14 +88,6 @@ def _home_of(model_class: Any, name: str) -> Any:
     """The package that defines a method; this one's classes hand on to those that they derive from."""
     homes = (one.__module__.partition(".")[0] for one in model_class.__mro__ if name in vars(one))
     return next(home for home in homes if home != __name__.partition(".")[0])
-
-
-def repeats_rows(model: Any, generate: Callable[..., Any], width: int) -> bool:
-    """Whether rows may go on, token by token, from copies of one row's cache of `width` tokens."""
-    limit = length_limit(model)
-    if limit is not None and width > limit:
-        return False
-    return _found(model, "copies", lambda: _repeats_rows(model, generate))
 
 
 def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:

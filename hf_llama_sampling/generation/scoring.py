@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from ..checks import nonfinite
 from .inputs import right_padded
 from .model_info import device_of, vocab_size_of
-from .probe import Probe, reads_in_chunks
+from .probe import Probe
 
 TopLogprobs = list[tuple[int, float]]
 """The best ids of one position with their raw logprobs, best first."""
@@ -54,7 +54,7 @@ def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
 def score_in_pieces(logits: Tensor, targets: Tensor, top: int, chunk_bytes: int) -> tuple[TokenScores, Tensor]:
     """`score`, and (B, T) whether logits hold nan or inf, with a part of the budget for what is made on the way."""
     batch, width, vocab_size = logits.shape
-    rows = max(1, chunk_bytes // (4 * _PIECES * vocab_size))
+    rows = rows_per_piece(vocab_size, chunk_bytes)
     pieces = list(zip(torch.split(logits.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True))
     scores = concatenate([score(some[None], wanted[None], top) for some, wanted in pieces])
     bad = torch.cat([nonfinite_rows(some) for some, _ in pieces])
@@ -98,6 +98,11 @@ def unscored(rows: int, columns: int, top: int, device: torch.device) -> TokenSc
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
     """How many columns fit the budget, one at least."""
     return max(1, 3 * chunk_bytes // (16 * batch * vocab_size))
+
+
+def rows_per_piece(vocab_size: int, chunk_bytes: int) -> int:
+    """How many rows of logits are reduced at once."""
+    return max(1, chunk_bytes // (4 * _PIECES * vocab_size))
 
 
 def bytes_for(batch: int, vocab_size: int, columns: int) -> int:
@@ -256,7 +261,7 @@ def chunk_of(model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_
     columns = columns_per_chunk(batch, vocab_size_of(model), chunk_bytes)
     if columns >= width:
         return None
-    if not reads_in_chunks(model, generate, width):
+    if not Probe(model, generate).reads_in_chunks(width):
         raise ValueError(needs_one_chunk(model, batch, width))
     return columns
 

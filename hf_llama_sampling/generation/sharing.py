@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig
 from .caches import lay_out, select_rows
 from .options import CACHING, Call
 from .plan import Plan
-from .probe import Probe, reads_in_chunks, repeats_rows
+from .probe import Probe
 from .scoring import PromptScorer, TokenScores, chunk_of
 from .walk import forward_cost
 
@@ -62,12 +62,11 @@ def share_prefill(
     repeats = (len(index) - len(first_rows)) * (last - prefix) >= least
     if not (prefix or repeats):
         return None
-    in_chunks = reads_in_chunks(model, generate, plan.start)
-    if prefix and not (
-        in_chunks and (min(plan.offsets) == max(plan.offsets) or Probe(model, generate).takes_padding())
-    ):
+    probe = Probe(model, generate)
+    in_chunks = probe.reads_in_chunks(plan.start)
+    if prefix and not (in_chunks and (min(plan.offsets) == max(plan.offsets) or probe.takes_padding())):
         prefix = 0
-    if repeats and not (in_chunks or repeats_rows(model, generate, plan.start)):
+    if repeats and not (in_chunks or probe.repeats_rows(plan.start)):
         repeats = False
     shared = None
     stage = _Stages(model, generate, plan, scored)

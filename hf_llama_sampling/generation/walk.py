@@ -22,15 +22,14 @@ from ..checks import nonfinite
 from .caches import bytes_per_column, drop_last, repeat_rows, take_row, window_of
 from .model_info import device_of, forget_longer_texts, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
-from .probe import reads_in_chunks
-from .scoring import RowScores, columns_per_chunk, needs_one_chunk, nonfinite_rows, too_few_logits
+from .probe import Probe
+from .scoring import RowScores, columns_per_chunk, needs_one_chunk, nonfinite_rows, rows_per_piece, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
 # What one more forward costs, in tokens: it reads all weights. A shared run that saves fewer is not worth it.
 _FORWARD_COST = {"cpu": 32}
 _FORWARD_COST_ELSEWHERE = 256
-_PIECES = 16
 
 
 def forward_cost(device: torch.device) -> int:
@@ -188,7 +187,7 @@ def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:
     known = _FACTS.setdefault(model, {})
     if model.dtype not in known:
         known[model.dtype] = None
-        if reads_in_chunks(model, generate, 1):
+        if Probe(model, generate).reads_in_chunks(1):
             ids = torch.ones(1, 3, dtype=torch.long, device=device_of(model))
             _, cache = forward_columns(model, generate, ids, None, ids[0, :0], use_cache=True)
             known[model.dtype] = CacheFacts(bytes_per_column(cache), window_of(cache))
@@ -352,7 +351,7 @@ class _Walk:
         inputs = torch.as_tensor(ids, device=self.device)
         start = 0
         for end in self.chunks(read):
-            if start and (self.by_length or not reads_in_chunks(self.model, self.generate, width)):
+            if start and (self.by_length or not Probe(self.model, self.generate).reads_in_chunks(width)):
                 raise ValueError(needs_one_chunk(self.model, len(steps), width))
             columns = np.flatnonzero(read[:, start:end].any(0))
             logits, cache = forward_columns(
@@ -415,7 +414,7 @@ class _Walk:
         pairs = torch.as_tensor(wanted, device=flat.device)
         chosen = flat[source[pairs[:, 0]], pairs[:, 1]].float()
         norms, best, top_ids, top_logprobs, bad = [], [], [], [], []
-        for piece in torch.split(source, max(1, self.chunk_bytes // (4 * _PIECES * self.vocab_size))):
+        for piece in torch.split(source, rows_per_piece(self.vocab_size, self.chunk_bytes)):
             some = flat[piece].float()
             norm = torch.logsumexp(some, dim=-1)
             values, ids = some.topk(self.top, dim=-1) if self.top else (some[:, :0], piece[:, None][:, :0])

@@ -81,7 +81,7 @@ class SamplingSettings:
             self,
             temperature=_for_rows("temperature", self.temperature, rows, copies),
             top_p=_for_rows("top_p", self.top_p, rows, copies),
-            seeds=None if self.seeds is None else _repeat(check_seeds(self.seeds, rows), copies),
+            seeds=None if self.seeds is None else repeat_interleave(check_seeds(self.seeds, rows), copies),
         )
 
 
@@ -89,8 +89,13 @@ def _for_rows(name: str, values: float | Sequence[float], rows: int, copies: int
     if not isinstance(values, tuple):
         return values
     check_count(name, len(values), rows)
-    return values[0] if len(set(values)) == 1 else _repeat(values, copies)
+    return values[0] if len(set(values)) == 1 else repeat_interleave(values, copies)
 
 
-def _repeat(values: Sequence[Any], copies: int) -> list[Any]:
+def repeat_interleave(values: Sequence[Any], copies: int) -> list[Any]:
+    """Each value so many times, as `num_return_sequences` repeats prompts.
+
+    >>> repeat_interleave(["a", "b"], 2)
+    ['a', 'a', 'b', 'b']
+    """
     return [value for value in values for _ in range(copies)]

@@ -15,6 +15,7 @@ from hf_llama_sampling.generation import mixin
 from hf_llama_sampling.generation.loop import LoopState, RowStoppingCriteria, SamplingProcessor, random_stream
 from hf_llama_sampling.generation.scoring import PromptScorer, concatenate, score_in_pieces
 from tests.generation.helpers import EOS, RAGGED, SHORT
+from tests.sampling.helpers import CpuStates
 
 ELSEWHERE = torch.device("lazy:0")
 VOCAB = 1024
@@ -26,18 +27,6 @@ CALLS = {
     "logprobs": {"logprobs": True, "top_logprobs": 3},
     "no EOS": {"eos_token_id": []},
 }
-
-
-class States:
-    """Generator states of a device, which are bytes on the host."""
-
-    @staticmethod
-    def get_rng_state():
-        return torch.zeros(16, dtype=torch.uint8)
-
-    @staticmethod
-    def set_rng_state(state):
-        assert state.shape == (16,)
 
 
 def plan_of(model, prompts, **kwargs):
@@ -55,7 +44,7 @@ def plan_of(model, prompts, **kwargs):
 @pytest.mark.parametrize("call", CALLS)
 def test_the_step_and_the_stop_stay_on_the_device_and_never_wait(tiny_model, monkeypatch, call, prompts, schedule):
     """All columns of a run, forced ones among them; whether all rows are done is the loop's question, not ours."""
-    monkeypatch.setattr("hf_llama_sampling.sampling.streams._random_module", lambda device: (States, []))
+    monkeypatch.setattr("hf_llama_sampling.sampling.streams._random_module", lambda device: (CpuStates, []))
     on_cpu = plan_of(tiny_model, prompts, schedule=schedule, **CALLS[call])
     with FakeTensorMode():
         plan = dataclasses.replace(on_cpu, device=ELSEWHERE)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from hf_llama_sampling import LlamaForCausalLM
+from hf_llama_sampling import LlamaForCausalLM, checks
 from hf_llama_sampling import with_llama_generation as with_ours
 from tests.bounds import rounding
 
@@ -221,10 +221,8 @@ def test_a_cache_as_long_as_the_prompts_is_refused(tiny_model):
 
 def test_a_generator_of_another_device_is_refused(tiny_model, monkeypatch):
     """It draws on its own device only."""
-    from hf_llama_sampling.generation import options as arguments
-
     with pytest.raises(ValueError, match=r"generator must live on the model's device cuda.*one on cpu"):
-        arguments.check_generator(torch.Generator(), torch.device("cuda", 0))
+        checks.check_generator(torch.Generator(), torch.device("cuda", 0))
 
 
 def test_encoder_decoders_are_refused():

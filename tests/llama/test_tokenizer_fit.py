@@ -3,22 +3,12 @@
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from hf_llama_sampling import Llama, LlamaForCausalLM, Tokenizer
 from tests.conftest import TINY
 from tests.llama.test_checkpoint import llama as random_llama
 from tests.llama.test_checkpoint import write
-
-
-def byte_level(**special_tokens):
-    """One token per byte, and the special tokens given, in the manner of GPT-2 and Qwen."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **special_tokens)
+from tests.llama.test_tokenizer import byte_level
 
 
 def model_for(tokenizer, **eos):

@@ -15,20 +15,9 @@ from hf_llama_sampling import LlamaSampler, LlamaTemperatureLogitsWarper, LlamaT
 from hf_llama_sampling.sampling.sampler import TokenSampler
 from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.sampling.streams import LookAhead, MetaStream, PromptStreams
+from tests.sampling.helpers import CpuStates
 
 ELSEWHERE = torch.device("lazy:0")
-
-
-class CpuStates:
-    """States as a device's module gives them."""
-
-    @staticmethod
-    def get_rng_state():
-        return torch.zeros(16, dtype=torch.uint8)
-
-    @staticmethod
-    def set_rng_state(state):
-        assert state.shape == (16,)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from hf_llama_sampling.sampling.sampler import TokenSampler, one_hot
 from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.sampling.streams import PromptStreams
 from tests.bounds import float32_steps, relative
+from tests.sampling.helpers import kept_tokens
 
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 PROMPT = [1, 40, 41]
@@ -118,13 +119,7 @@ def nucleus_of(model, temperature, top_p):
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT])).logits[0, -1].double()
     probs = torch.softmax(logits / temperature, -1).tolist()
-    kept, before = {}, 0.0
-    for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
-        if before > top_p:
-            break
-        kept[token] = probs[token]
-        before += probs[token]
-    return {token: prob / sum(kept.values()) for token, prob in kept.items()}
+    return kept_tokens(probs, top_p)
 
 
 def chi_square(drawn, expected):

@@ -15,6 +15,7 @@ from scipy import stats
 from transformers import LogitsProcessor
 
 from hf_llama_sampling.sampling import fast_path, rule, streams
+from tests.sampling.helpers import kept_tokens
 
 PROMPT = [1, 40, 41]
 ALPHA, LEAST = 5e-8, 20
@@ -43,23 +44,12 @@ def accepted(p):
     return p > ALPHA
 
 
-def nucleus_of(probs, top_p):
-    """The rule in float64 and plain Python: {token: probability}."""
-    kept, before = {}, 0.0
-    for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
-        if before > top_p:
-            break
-        kept[token] = probs[token]
-        before += probs[token]
-    return {token: prob / sum(kept.values()) for token, prob in kept.items()}
-
-
 @pytest.fixture(scope="module")
 def expected(tiny_model):
     """The distribution after `PROMPT` at temperature .6 and top_p .9, from a plain forward."""
     with torch.no_grad():
         logits = tiny_model(torch.tensor([PROMPT])).logits[0, -1].double()
-    found = nucleus_of(torch.softmax(logits / 0.6, -1).tolist(), 0.9)
+    found = kept_tokens(torch.softmax(logits / 0.6, -1).tolist(), 0.9)
     assert len(found) > 5
     return found
 
@@ -139,7 +129,7 @@ def test_a_shifted_cumsum_is_rejected(tiny_model, expected, monkeypatch, contrac
 def test_transformers_tie_rule_is_rejected(tiny_model, monkeypatch, contract):
     """Where the mass before a token is exactly top_p, Meta keeps it: [.5, .25] of `EXACT`, transformers [.5] alone."""
     asked = {"temperature": 1.0, "top_p": 0.5, "logits_processor": [Exactly()], "draws": 4000}
-    exact = nucleus_of(EXACT, 0.5)
+    exact = kept_tokens(EXACT, 0.5)
     assert exact == {0: 0.5 / 0.75, 1: 0.25 / 0.75}
     assert accepted(marginal(drawn(tiny_model, contract, **asked), exact))
 

@@ -16,16 +16,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
 from .continuations import LlamaContinuationOutput, continuations_scored
-from .inputs import check_lengths, read_prompts
+from .inputs import read_prompts
 from .loop import stream_prompts
-from .model_info import (
-    check_max_seq_len,
-    check_positions,
-    eos_ids_of,
-    named_pad_id,
-    refuse_encoder_decoder,
-    vocab_size_of,
-)
+from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
 from .options import resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Request, make_plan
@@ -36,7 +29,8 @@ from .scoring import CHUNK_BYTES, refuse_without_order
 from .streamers import ended_with_the_call
 from .trimming import Compat
 from .view import Observer, loop_view
-from .walk import CACHE_BYTES, score_rows
+from .walk import CACHE_BYTES
+from .windows import tokens_scored
 
 
 class LlamaGenerationMixin(GenerationMixin):
@@ -177,7 +171,10 @@ class LlamaGenerationMixin(GenerationMixin):
         *,
         attention_mask: Tensor | None = None,
         top_logprobs: int = 0,
+        start: int | Sequence[int] | None = None,
         max_seq_len: int | None = None,
+        stride: int | None = None,
+        bos: int | bool | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         cache_bytes: int = CACHE_BYTES,
     ) -> LlamaScoreOutput:
@@ -186,19 +183,30 @@ class LlamaGenerationMixin(GenerationMixin):
         The list may be long: it is forwarded in batches, and whatever several of its texts begin with is read once.
 
         Args:
-            prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each of at most `max_seq_len` tokens.
+            prompts (lists of token ids, or a `torch.LongTensor` of shape (B, T)): each of at most `max_seq_len` tokens,
+                or longer with `stride`.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): of a padded tensor, on either side.
             top_logprobs (`int`): how many best tokens to report at each position.
-            max_seq_len (`int`, *optional*): most tokens of a text; the model's context if not given.
+            start (`int` or one per row, defaults to 0): the first position that is asked for. The answer begins with
+                it; no logits are computed for those before it.
+            max_seq_len (`int`, *optional*): most tokens of a text, as for `generate`; the model's context if not given.
+            stride (`int`, *optional*): longer texts are scored in windows of `max_seq_len` tokens, each `stride` tokens
+                after the one before. Each token is scored once, in the first window that reaches it, and so with at
+                least `max_seq_len - stride` tokens before it. Below `max_seq_len`; the smaller, the slower.
+            bos (`int` or `True`, *optional*): a token to put before each text, so that its first token is scored too:
+                an id, or `True` for the checkpoint's own. It takes one place of the first window, and none of the
+                answer.
             chunk_bytes (`int`): memory for the logits of one forward, 128 MiB if not given.
             cache_bytes (`int`): memory for the caches of shared beginnings, 1 GiB if not given. A beginning whose cache
                 does not fit is read again for each text; a single text's own cache is always allowed.
 
         Returns:
-            [`LlamaScoreOutput`]: `logprobs`, natural logarithm, 0.0 for each row's first token.
+            [`LlamaScoreOutput`]: `logprobs`, natural logarithm; without `bos` nothing stands before a row's first
+            token, and its place holds 0.0. `totals` and `counts` leave it out, so a perplexity is
+            `exp(-sum(totals) / sum(counts))`.
 
         Raises:
-            ValueError: a bad prompt (the row is named), or logits with nan or inf.
+            ValueError: a bad prompt (the row is named), a value out of range, or logits with nan or inf.
 
         >>> model.score_tokens([[1, 306, 4658], [1, 450]]).logprobs
         """
@@ -207,15 +215,17 @@ class LlamaGenerationMixin(GenerationMixin):
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
         rows = _read_prompts(self, prompts, attention_mask, {})
-        length = check_max_seq_len(self, max_seq_len)
-        check_lengths(rows, length, name="the model's context" if max_seq_len is None else "max_seq_len")
-        check_positions(self, max(map(len, rows)), "a text")
-        loop = _transformers_generate(self)
-        refuse_without_order(self, Probe(self, loop))
-        scores = score_rows(self, loop, rows, top=top, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
-        return LlamaScoreOutput(
-            logprobs=[row.logprobs for row in scores],
-            top_logprobs=[row.top_logprobs for row in scores] if top else None,
+        return tokens_scored(
+            self,
+            _transformers_generate(self),
+            rows,
+            top=top,
+            start=start,
+            max_seq_len=max_seq_len,
+            stride=stride,
+            bos=bos,
+            chunk_bytes=chunk_bytes,
+            cache_bytes=cache_bytes,
         )
 
     def score_continuations(

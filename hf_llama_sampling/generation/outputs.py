@@ -50,16 +50,21 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class LlamaScoreOutput(ModelOutput):
-    """The answer of `score_tokens`; its lists are as long as the prompts.
+    """The answer of `score_tokens`; a row's lists begin at its `start`, or with its first token if none is given.
 
     Args:
-        logprobs (`list[list[float]]`): raw logprob of each token given those before it; 0.0 for the first.
+        logprobs (`list[list[float]]`): raw logprob of each token given those before it. Where nothing stands before a
+            text's first token, its place holds 0.0, which is no logprob.
         top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
-            logprobs, best first; empty for the first.
+            logprobs, best first; empty where nothing stands before.
+        totals (`list[float]`): per row the sum of the logprobs of the tokens that were scored.
+        counts (`list[int]`): per row how many tokens were scored: what a perplexity divides by.
     """
 
     logprobs: list[list[float]] | None = None
     top_logprobs: list[list[TopLogprobs]] | None = None
+    totals: list[float] | None = None
+    counts: list[int] | None = None
 
 
 def sequences_of(rows: Rows, plan: Plan) -> Tensor:

@@ -52,6 +52,7 @@ class Text:
 
     tokens: Ids
     first: int  # position of the first token whose score is wanted, at least 1
+    begin: int = 0  # position of its own first token in the text that it is a part of
     leaf: Edge | None = None  # the path that holds all its inputs; None if it has no input whose logits are read
 
     def path(self) -> Iterator[tuple[Edge, int, int]]:

@@ -23,7 +23,7 @@ from .caches import bytes_per_column, drop_last, repeat_rows, take_row, window_o
 from .model_info import device_of, forget_longer_texts, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
 from .probe import Probe
-from .scoring import RowScores, columns_per_chunk, needs_one_chunk, nonfinite_rows, rows_per_piece, too_few_logits
+from .scoring import columns_per_chunk, needs_one_chunk, nonfinite_rows, rows_per_piece, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
@@ -59,6 +59,7 @@ def score_texts(
     greedy: bool,
     chunk_bytes: int,
     cache_bytes: int,
+    apart: bool = False,
 ) -> None:
     """Compute what the texts' methods then answer: logprobs, best tokens, whether a token is the greedy one.
 
@@ -71,12 +72,14 @@ def score_texts(
         greedy: whether to note the most probable token at each.
         chunk_bytes: memory for the logits of one forward, and what is made of them.
         cache_bytes: memory for the caches that are held.
+        apart: whether texts that are read at other columns are forwarded apart. A forward gives the logits of the same
+            columns for all its rows, so else some are computed that nobody reads, for fewer forwards.
 
     Raises:
         ValueError: a logit that is read is nan or inf, or a text needs several chunks and the model's cache has more
             than keys and values.
     """
-    longest = max(len(text.tokens) for text in texts) - 1
+    longest = max((len(text.tokens) for text in texts), default=1) - 1
     limit = length_limit(model)
     by_length = limit is not None and longest > limit
     root = grow(texts, shared=not by_length)
@@ -88,36 +91,14 @@ def score_texts(
         chunk_bytes=chunk_bytes,
         cache_bytes=cache_bytes,
         by_length=by_length,
+        apart=apart,
     )
     try:
         walk.run(root)
     except _NonFinite as found:
-        row = next(row for row, text in zip(rows, texts, strict=True) if text.reads(found.edge, found.index))
-        raise nonfinite(row, found.edge.start + found.index + 1) from None
-
-
-def score_rows(
-    model: Any,
-    generate: Callable[..., Any],
-    prompts: list[list[int]],
-    *,
-    top: int,
-    chunk_bytes: int,
-    cache_bytes: int,
-) -> list[RowScores]:
-    """Scores of whole texts, 0.0 and no best tokens for each one's first token."""
-    texts = [Text(np.array(prompt, np.int32), 1) for prompt in prompts]
-    score_texts(
-        model,
-        generate,
-        texts,
-        rows=range(len(texts)),
-        top=top,
-        greedy=False,
-        chunk_bytes=chunk_bytes,
-        cache_bytes=cache_bytes,
-    )
-    return [RowScores([0.0, *text.logprobs()], [[], *text.top()] if top else []) for text in texts]
+        pairs = zip(rows, texts, strict=True)
+        row, text = next(pair for pair in pairs if pair[1].reads(found.edge, found.index))
+        raise nonfinite(row, text.begin + found.edge.start + found.index + 1) from None
 
 
 class _NonFinite(Exception):
@@ -226,9 +207,10 @@ class _Walk:
         chunk_bytes: int,
         cache_bytes: int,
         by_length: bool,
+        apart: bool,
     ) -> None:
         self.model, self.generate, self.top, self.greedy = model, generate, top, greedy
-        self.chunk_bytes, self.cache_bytes, self.by_length = chunk_bytes, cache_bytes, by_length
+        self.chunk_bytes, self.cache_bytes, self.by_length, self.apart = chunk_bytes, cache_bytes, by_length, apart
         self.rotary_grows = length_limit(model) is not None
         self.device = device_of(model)
         self.vocab_size = vocab_size_of(model)
@@ -325,6 +307,7 @@ class _Walk:
             fits = (
                 batch
                 and width - len(step.tokens) <= (0 if equal else self.least)  # padding costs less than a forward
+                and not (self.apart and not np.array_equal(read[: len(columns)], columns))
                 and rows * width <= self.most_tokens
                 and rows * int(both.sum()) <= self.most_read
                 and (not needs_cache or rows * self.bytes_of(step.start + width) <= room)

@@ -1,0 +1,152 @@
+"""`score_tokens`: which tokens of a text are scored, and in which window where a text is longer than the limit.
+
+A window of `size` tokens moves by `stride`. Each token is scored once, in the first window that reaches it, so it sees
+at least `size - stride` tokens before it, if there are so many. Size 4, stride 2, eight tokens::
+
+    a b c d          scores b c d
+        c d e f      scores e f
+            e f g h  scores g h
+
+This is the convention of transformers' documentation ("Perplexity of fixed-length models") for a stride below the size.
+lm-evaluation-harness' rolling windows are those of a size one above its `max_length` and a stride of `max_length`, but
+for the last one, which reaches back until it is full.
+What this module does not do: it runs no model (see `walk`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checks import check_count, check_int, to_list
+from .continuations import bos_id
+from .model_info import check_max_seq_len, check_positions
+from .outputs import LlamaScoreOutput
+from .prefix import Text
+from .probe import Probe
+from .scoring import refuse_without_order
+from .walk import score_texts
+
+
+class Window(NamedTuple):
+    """A part of a text, and the first of its tokens that is scored in it; positions in the text."""
+
+    begin: int
+    end: int
+    first: int
+
+
+def windows(length: int, size: int | None, stride: int | None, start: int = 1) -> Iterator[Window]:
+    """The windows that score the tokens of a text from position `start` (at least 1) on, each of them once.
+
+    >>> list(windows(8, 4, 2))
+    [Window(begin=0, end=4, first=1), Window(begin=2, end=6, first=4), Window(begin=4, end=8, first=6)]
+    """
+    begin, first = 0, start
+    while first < length:
+        end = length if size is None or stride is None else min(begin + size, length)
+        if end > first:
+            yield Window(begin, end, first)
+            first = end
+        begin += stride or length
+
+
+def tokens_scored(
+    model: Any,
+    generate: Callable[..., Any],
+    rows: list[list[int]],
+    *,
+    top: int,
+    start: Any,
+    max_seq_len: int | None,
+    stride: Any,
+    bos: int | bool | None,
+    chunk_bytes: int,
+    cache_bytes: int,
+) -> LlamaScoreOutput:
+    """The work of `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids."""
+    starts = _check_starts(start, rows)
+    size = check_max_seq_len(model, max_seq_len)
+    stride = _check_stride(stride, size)
+    before = bos_id(model, bos)
+    given = 0 if before is None else 1
+    texts = rows if before is None else [[before, *row] for row in rows]
+    if stride is None:
+        _check_lengths(texts, size, by_call=max_seq_len is not None, bos=before is not None)
+    longest = max(map(len, texts))
+    check_positions(model, longest if size is None else min(longest, size), "a text")
+    refuse_without_order(model, Probe(model, generate))
+    firsts = [max(1, at + given) for at in starts]
+    parts = [_cut(text, size, stride, first, given) for text, first in zip(texts, firsts, strict=True)]
+    score_texts(
+        model,
+        generate,
+        [part for row in parts for part in row],
+        rows=[row for row, cut in enumerate(parts) for _ in cut],
+        top=top,
+        greedy=False,
+        apart=not (start is None and stride is None),
+        chunk_bytes=chunk_bytes,
+        cache_bytes=cache_bytes,
+    )
+    return _output(parts, [at + given == 0 for at in starts], top)
+
+
+def _cut(text: list[int], size: int | None, stride: int | None, first: int, given: int) -> list[Text]:
+    """A text as the texts that its windows are; the first `given` of its tokens are no tokens of the caller's."""
+    ids = np.array(text, np.int32)
+    found = windows(len(text), size, stride, first)
+    return [Text(ids[part.begin : part.end], part.first - part.begin, part.begin - given) for part in found]
+
+
+def _output(parts: list[list[Text]], unscored: list[bool], top: int) -> LlamaScoreOutput:
+    """The scores of rows out of those of their parts.
+
+    Where the answer begins with a token that nothing stands before, its place holds 0.0 as in the reference, which
+    counts nowhere.
+    """
+    logprobs = [[value for part in row for value in part.logprobs()] for row in parts]
+    tops = [[best for part in row for best in part.top()] for row in parts] if top else None
+    return LlamaScoreOutput(
+        logprobs=[[0.0] * blank + row for blank, row in zip(unscored, logprobs, strict=True)],
+        top_logprobs=None if tops is None else [[[]] * blank + row for blank, row in zip(unscored, tops, strict=True)],
+        totals=[math.fsum(row) for row in logprobs],
+        counts=[len(row) for row in logprobs],
+    )
+
+
+def _check_starts(start: Any, rows: list[list[int]]) -> list[int]:
+    """The first position of each row that is scored: one int for all rows, or one per row."""
+    listed = [0 if start is None else start] * len(rows) if to_list(start) is None else to_list(start) or []
+    check_count("start", len(listed), len(rows))
+    return [
+        check_int("start", at, least=0, most=len(row), where=f" for row {place}, which has {len(row)} tokens")
+        for place, (at, row) in enumerate(zip(listed, rows, strict=True))
+    ]
+
+
+def _check_stride(stride: Any, size: int | None) -> int | None:
+    """The step of the window, so short that the first token scored in each window has one before it."""
+    if stride is None:
+        return None
+    number = check_int("stride", stride, least=1)
+    if size is None:
+        raise ValueError("stride moves a window of max_seq_len tokens, and this model names no context: give both")
+    if number >= size:
+        raise ValueError(
+            f"stride must be below the window's {size} tokens, so that each token has one before it, got {number}: "
+            "lower it, or raise max_seq_len"
+        )
+    return number
+
+
+def _check_lengths(texts: Sequence[Sequence[int]], most: int | None, *, by_call: bool, bos: bool) -> None:
+    """Refuse a text that is longer than the limit: no text is cut silently."""
+    name = "max_seq_len" if by_call else "the model's context"
+    for row, text in enumerate(texts):
+        if most is not None and len(text) > most:
+            raise ValueError(
+                f"a prompt must fit {name} of {most} tokens, but row {row} has {len(text)}{' with its BOS' * bos}: "
+                "shorten or split it, or slide a window over it with stride="
+            )

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
 from .continuations import LlamaContinuationOutput, continuations_scored
+from .continuous import LlamaContinuousMixin
 from .inputs import read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
@@ -33,7 +34,7 @@ from .walk import CACHE_BYTES
 from .windows import tokens_scored
 
 
-class LlamaGenerationMixin(GenerationMixin):
+class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
     """transformers' `GenerationMixin` with LLAMA2's `generate`. Put it before the model class.
 
     What it promises:

@@ -174,7 +174,9 @@ class Call:
         ]
 
 
-def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str, Any], own: Sequence[str]) -> Call:
+def sort_keywords(
+    model: Any, config: GenerationConfig | None, kwargs: dict[str, Any], own: Sequence[str], *, method: str = "generate"
+) -> Call:
     """Sort a call's keywords.
 
     Config fields that equal `GenerationConfig()`'s defaults count as unset, `do_sample` apart.
@@ -183,7 +185,8 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
         model: its `forward` says which further keywords there are.
         config: a generation config given in the call.
         kwargs: the call's keywords that `generate` does not spell out.
-        own: the names that `generate` spells out, for the hint at a misspelt one.
+        own: the names that the method spells out, for the hint at a misspelt one.
+        method: its name.
 
     Raises:
         TypeError: an unknown keyword, or a config of another type.
@@ -207,7 +210,7 @@ def sort_keywords(model: Any, config: GenerationConfig | None, kwargs: dict[str,
         else:
             near = difflib.get_close_matches(name, [*own, *defaults, *of_forward], n=1)
             hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
-            raise TypeError(f"generate has no keyword {name!r}: {hint}")
+            raise TypeError(f"{method} has no keyword {name!r}: {hint}")
     _refuse_options_without_a_place(call.options)
     _check_kinds(call)
     return call

@@ -181,7 +181,7 @@ class PromptStreams:
     by_rank = False
 
     def __init__(self, seeds: Sequence[int], copies: Sequence[int], first_positions: Sequence[int]) -> None:
-        self.seeds = torch.tensor([[seed & WORD, seed >> 32] for seed in seeds], dtype=torch.long)  # (B, 2)
+        self.seeds = seed_words(seeds)  # (B, 2)
         self.copies = torch.tensor(list(copies), dtype=torch.long)
         self.first_positions = torch.tensor(list(first_positions), dtype=torch.long)
         self.keys, self.keys_start = torch.empty(0), -1  # (B, _BLOCK, 2) of the columns from `keys_start` on
@@ -203,9 +203,7 @@ class PromptStreams:
         start = column - column % _BLOCK
         if start != self.keys_start:
             positions = self.first_positions[:, None] + torch.arange(start, start + _BLOCK)  # (B, _BLOCK)
-            copies, zero = self.copies[:, None].expand_as(positions), torch.zeros_like(positions)
-            words = philox4x32((positions & WORD, copies, zero, zero), (self.seeds[:, :1], self.seeds[:, 1:]))
-            self.keys_start, self.keys = start, torch.stack(words[:2], dim=-1).to(device)
+            self.keys_start, self.keys = start, keys_at(positions, self.copies, self.seeds).to(device)
             self.table_start = -1
         return self.keys
 
@@ -221,6 +219,27 @@ class PromptStreams:
             ids = torch.arange(vocab_size, device=keys.device).expand(len(keys), columns, vocab_size)
             self.table_start, self.table = start, token_noise(ids, key, salt)
         return self.table[:, column - start]
+
+
+def seed_words(seeds: Sequence[int]) -> Tensor:
+    """(B, 2): the low and the high 32 bits of each seed."""
+    return torch.tensor([[seed & WORD, seed >> 32] for seed in seeds], dtype=torch.long)
+
+
+def keys_at(positions: Tensor, copies: Tensor, seeds: Tensor) -> Tensor:
+    """The key and the salt under which token ids become noise.
+
+    Args:
+        positions: (B, K), of the tokens in their rows.
+        copies: (B,), tell apart rows that share a seed.
+        seeds: (B, 2), of `seed_words`.
+
+    Returns:
+        (B, K, 2): a key and a salt for each position.
+    """
+    copies, zero = copies[:, None].expand_as(positions), torch.zeros_like(positions)
+    words = philox4x32((positions & WORD, copies, zero, zero), (seeds[:, :1], seeds[:, 1:]))
+    return torch.stack(words[:2], dim=-1)
 
 
 def token_noise(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:

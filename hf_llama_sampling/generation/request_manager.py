@@ -1,0 +1,305 @@
+"""transformers' continuous batching manager with LLAMA2's rule and one stream of random numbers per request.
+
+This module needs transformers' own classes for continuous batching as 5.23 has them; `continuous` imports it where they
+are there. What this module does not do: it schedules nothing (transformers does), and it reads no settings of a call.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+
+from ..checks import check_int, check_seeds, check_temperature, check_top_p, first_not_none
+from ..sampling.continuous import RequestSampler, RequestSettings, child_id, names_a_child
+from .inputs import check_lengths, read_prompts
+from .model_info import check_positions, eos_ids_of, forget_longer_texts, length_limit, vocab_size_of
+from .options import resolve_alias
+
+_NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestState.to_generation_output)
+
+
+@dataclass(frozen=True)
+class ManagerSettings:
+    """What a manager gives to requests that do not say otherwise, and what holds for all of them."""
+
+    temperature: float
+    top_p: float
+    max_gen_len: int | None  # most new tokens; None: each request must say
+    max_seq_len: int | None  # most tokens of a request, prompt included; None: no limit
+    eos_ids: tuple[int, ...]
+    num_return_sequences: int
+    logprobs: bool
+
+
+class LlamaBatchingManager(ContinuousBatchingManager):
+    """transformers' manager, whose requests are drawn by LLAMA2's rule, each from its own stream.
+
+    Made by `model.init_continuous_batching` and `model.continuous_batching_context_manager`. Everything but
+    `add_request` and `add_requests` is transformers' own: `start`, `stop`, `pause`, `cancel_request`, `get_result`,
+    iterating over results, `register_result_handler`.
+    """
+
+    def __init__(
+        self, model: Any, config: ContinuousBatchingConfig, hints: Any, settings: ManagerSettings, *, asked: Any = None
+    ) -> None:
+        self.asked = asked  # the config as the caller gave it
+        self._was_training = model.training
+        own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len)
+        own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
+        config = copy.copy(config)
+        config.return_logprobs = True  # they carry the news of nan and inf too
+        super().__init__(model, own, config, hints)
+        self.settings = settings
+        self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
+        self.output_router = _Router(self._finish)
+        self._in_flight: set[str] = set()
+
+    def start(self) -> None:
+        """Start the thread that generates. The cache is made here, so that what is wrong with it is said here."""
+        if not self.is_running():
+            self._was_training |= self.model.training
+            forget_longer_texts(self.model.eval())
+            self.batch_processor = self._create_batch_processor()
+        super().start()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the thread; transformers' arguments. The model is in the mode again that it was in before."""
+        super().stop(*args, **kwargs)
+        self.model.train(self._was_training)
+        self._was_training = False
+
+    def add_request(
+        self,
+        input_ids: Any,
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        max_gen_len: int | None = None,
+    ) -> str | None:
+        r"""Add a request. Its tokens are those of `model.generate([input_ids], seeds=[seed])` with the same settings.
+
+        Args:
+            input_ids (list of token ids, or a tensor of one dimension): the prompt, without padding.
+            request_id (`str`, *optional*): its name; made up if not given.
+            max_new_tokens (`int`, *optional*): most new tokens; the manager's if not given. `max_gen_len` means the
+                same. `max_seq_len` may leave fewer.
+            streaming (`bool`): whether a result comes with each token, or one at the end.
+            record_timestamps (`bool`): whether to note the time of each token.
+            eos_token_id (`int` or a list, *optional*): the ids that end it; the manager's if not given.
+            temperature (`float`, *optional*): 0 is greedy; the manager's if not given.
+            top_p (`float`, *optional*): the nucleus; the manager's if not given.
+            seed (`int`, *optional*): of its stream of random numbers; one from torch's global generator if not given,
+                so that `torch.manual_seed` before it makes it come out the same again.
+
+        Returns:
+            the request's id; None on the ranks of a parallel model that take no requests.
+
+        Raises:
+            ValueError: a bad value (the rule, the value and the way out are named), or a request that the cache cannot
+                hold.
+            TypeError: a value of the wrong type, or an unknown keyword.
+            RuntimeError: the manager takes no requests any more.
+
+        >>> manager.add_request([1, 306, 4658], max_new_tokens=16, temperature=0.8, top_p=0.9, seed=7)
+        'req_0'
+        """
+        if not self.is_tp_driver:
+            return None
+        self._refuse_if_closed()
+        asked = resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", max_new_tokens)
+        prompt, limit = self._check_length(input_ids, first_not_none(asked, self.settings.max_gen_len))
+        eos_ids = (
+            self.settings.eos_ids if eos_token_id is None else eos_ids_of(self.model, {"eos_token_id": eos_token_id})
+        )
+        request_id = self._new_id(request_id)
+        given = RequestSettings(
+            temperature=check_temperature(first_not_none(temperature, self.settings.temperature)),
+            top_p=check_top_p(first_not_none(top_p, self.settings.top_p)),
+            seed=int(torch.randint(2**63 - 1, ())) if seed is None else check_seeds([seed], 1)[0],
+            request_id=request_id,
+        )
+        self._in_flight.add(request_id)
+        if limit == 0:
+            self._answer_at_once(request_id, prompt)
+            return request_id
+        state = RequestState(
+            request_id=request_id,
+            initial_tokens=prompt,
+            max_new_tokens=limit,
+            streaming=streaming,
+            record_timestamps=record_timestamps,
+            eos_token_id=list(eos_ids),
+            logit_processor_kwargs={RequestSampler.KEY: given},
+        )
+        for each in self._with_children(state):
+            self.input_queue.put(each, timeout=10)
+        self._wake_up_loop.set()
+        return request_id
+
+    def add_requests(
+        self, inputs: Any, max_new_tokens: int | None = None, *, seeds: Any = None, **kwargs: Any
+    ) -> list[str | None]:
+        """Add several requests with the same settings; those of `add_request`, and `seeds`: an int or one per request.
+
+        Prompts with a common beginning are added one after the other, so that they share it.
+        """
+        prompts = read_prompts(inputs, None, vocab_size_of(self.model))
+        each = [None] * len(prompts) if seeds is None else check_seeds(seeds, len(prompts))
+        rows = [{"seed": seed} for seed in each]
+        return self.add_rows(prompts, rows, max_new_tokens=max_new_tokens, **kwargs)
+
+    def add_rows(self, prompts: list[list[int]], rows: Sequence[dict[str, Any]], **common: Any) -> list[str | None]:
+        """Add a request for each prompt, each with keywords of its own and those of all; their ids in order."""
+        names = [self._new_id(None) for _ in prompts]
+        order = range(len(prompts))
+        for row in sorted(order, key=prompts.__getitem__, reverse=True) if self._use_prefix_sharing else order:
+            self.add_request(prompts[row], names[row], **rows[row], **common)
+        return [name if self.is_tp_driver else None for name in names]
+
+    def cancel_request(self, request_id: str) -> None:
+        """Forget a request: no result comes any more, and others are not disturbed."""
+        self._in_flight.discard(request_id)
+        super().cancel_request(request_id)
+
+    def _check_length(self, input_ids: Any, asked: Any) -> tuple[list[int], int]:
+        """The prompt, and its most new tokens: as asked, as far as lengths allow."""
+        if asked is None:
+            raise ValueError("max_new_tokens must be given: it is the most new tokens of a request")
+        (prompt,) = read_prompts([input_ids], None, vocab_size_of(self.model))
+        most = self.settings.max_seq_len
+        check_lengths([prompt], most)
+        limit = check_int("max_new_tokens", asked, least=0)
+        limit = limit if most is None else min(limit, most - len(prompt))
+        total = len(prompt) + limit
+        check_positions(self.model, total)
+        rotary = length_limit(self.model)
+        if rotary is not None and total > rotary:
+            raise ValueError(
+                f"{type(self.model).__name__}'s rotary factors depend on the longest text beyond {rotary} tokens, and "
+                f"requests share a forward, but this one may reach {total}: shorten it, or use generate"
+            )
+        cache = self._processor().cache
+        room = cache.num_blocks * self.continuous_batching_config.page_size
+        if total - 1 > room and limit:
+            raise ValueError(
+                f"a request must fit the cache of {room} tokens, but this one may reach {total - 1}: raise num_blocks "
+                "of continuous_batching_config, or shorten it"
+            )
+        return prompt, limit
+
+    def _new_id(self, request_id: str | None) -> str:
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a text, got {request_id!r}")
+        if names_a_child(request_id):
+            raise ValueError(f"request_id must not be the id of a child, got {request_id!r}: choose another")
+        if request_id in self._in_flight:
+            raise ValueError(f"request_id must be new, but {request_id!r} is in flight: choose another")
+        return request_id
+
+    def _refuse_if_closed(self) -> None:
+        denial = self.background_thread_status.can_accept_new_requests()
+        if denial is not None:
+            cause = self.background_thread_status.fatal_error
+            raise RuntimeError(
+                f"the manager takes no requests any more ({cause or 'it was stopped'}): make a new one"
+            ) from cause
+
+    def _with_children(self, state: RequestState) -> list[RequestState]:
+        """The request, and where transformers would make its children of an empty forward, those as requests.
+
+        It makes them when all tokens of a prompt but the last were read. Where those were read before, by another
+        request or (asynchronously) in the step before, nothing is left for that step, and alone it fails (5.23).
+        """
+        page = self.continuous_batching_config.page_size
+        if not self.continuous_batching_config.use_async_batching and len(state.initial_tokens) % page != 1:
+            state.num_children = self.num_return_sequences - 1
+            return [state]
+        return [state, *(state.fork(name) for name in self.children_of(state.request_id))]
+
+    def children_of(self, request_id: str) -> list[str]:
+        """The ids of the copies that `num_return_sequences` makes of a request."""
+        return [child_id(request_id, number) for number in range(self.num_return_sequences - 1)]
+
+    def _answer_at_once(self, request_id: str, prompt: list[int]) -> None:
+        """A request without room for a token is finished as it comes, with its children."""
+        for name in [request_id, *self.children_of(request_id)]:
+            state = RequestState(request_id=name, initial_tokens=prompt, max_new_tokens=0)
+            state.status = RequestStatus.FINISHED
+            self.output_router.deliver(state.to_generation_output())
+
+    def _finish(self, output: GenerationOutput) -> GenerationOutput:
+        """An output as callers see it: with raw logprobs if they were asked for, and failed if its logits were nan."""
+        bad = next((step for step, value in enumerate(output.logprobs) if math.isnan(value)), None)
+        if bad is not None and output.error is None:
+            if not output.is_finished():
+                super().cancel_request(output.request_id)
+            output.status, output.bad_logits = RequestStatus.FAILED, True
+            output.error = (
+                f"the model's logits must be finite, but those for position {len(output.prompt_ids) + bad} of request "
+                f"{output.request_id!r} hold nan or inf: check the weights and the dtype (float16 overflows where "
+                "bfloat16 and float32 do not)"
+            )
+        if not self.settings.logprobs:
+            output.logprobs = []
+        if output.is_finished():
+            self._in_flight.discard(output.request_id)
+        return output
+
+    def _processor(self) -> ContinuousBatchProcessor:
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        return self.batch_processor
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        """transformers' own, storing our logprobs. It seeds torch's global generators, which are put back."""
+        if self.batch_processor is not None:  # it starts anew, in the manager's thread
+            return super()._create_batch_processor()
+        device, offload = self.model.device, self.continuous_batching_config.cpu_offload_space
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                processor = super()._create_batch_processor()
+        except RuntimeError as error:
+            if offload and "pin_memory" in str(error):
+                raise ValueError(
+                    f"cpu_offload_space={offload} keeps caches in pinned memory beside a device, and there is no "
+                    "device here: leave it out, and requests that make room are read again"
+                ) from error
+            raise
+        processor.model_runner._sample = functools.partial(self.sampler.store, processor.model_runner._sample)
+        return processor
+
+
+class _Router(OutputRouter):
+    """transformers' router, which sees each output last."""
+
+    def __init__(self, finish: Callable[[GenerationOutput], GenerationOutput]) -> None:
+        super().__init__()
+        self.finish = finish
+
+    def deliver(self, output: GenerationOutput) -> None:
+        super().deliver(self.finish(output))
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        super().deliver_batch([self.finish(output) for output in outputs])

@@ -41,6 +41,10 @@ def names(tiny_model, tiny_tokenizer, tmp_path_factory):
         **{"torch": torch, "nan": nan, "inf": inf, "TextStreamer": transformers.TextStreamer, "folder": folder},
         **{"model": tiny_model, "tokenizer": tiny_tokenizer, "llama": llama, "tokens": Tokenizer(tokenizer)},
         **{"plain": transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), "TINY": str(TINY)},
+        **{
+            "manager": tiny_model.init_continuous_batching(max_gen_len=4),
+            "Batching": transformers.ContinuousBatchingConfig,
+        },
         **{"ids": torch.tensor([[1, 5, 6]]), "command": command, "record": lambda content: record(llama, content)},
     }
 

@@ -199,7 +199,7 @@ def sort_keywords(
     for name, value in kwargs.items():
         if name in REFUSED:
             if value is not None:
-                raise ValueError(_no_place(name, name))
+                raise ValueError(_no_place(name, name, method))
         elif name in LOOP_ARGUMENTS:
             call.to_loop[name] = value
         elif name in options:
@@ -211,7 +211,7 @@ def sort_keywords(
             near = difflib.get_close_matches(name, [*own, *defaults, *of_forward], n=1)
             hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
             raise TypeError(f"{method} has no keyword {name!r}: {hint}")
-    _refuse_options_without_a_place(call.options)
+    _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
     return call
 
@@ -234,12 +234,12 @@ def _read_config(config: Any) -> Call:
     return Call(options=said, from_config=sampling, in_config=set(said))
 
 
-def _refuse_options_without_a_place(options: dict[str, Any]) -> None:
+def _refuse_options_without_a_place(options: dict[str, Any], method: str) -> None:
     """Refuse by name every option that asks for something which this sampler does not do."""
     for name, value in options.items():
         off = value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name])
         if name not in FOR_THE_LOOP | FOR_GENERATE and not off:
-            raise ValueError(_no_place(name, f"{name}={value!r}"))
+            raise ValueError(_no_place(name, f"{name}={value!r}", method))
     if options.get("cache_implementation") == "paged":
         raise ValueError(
             'cache_implementation="paged" ignores logits processors and masks: drop it, or give the warpers to the '
@@ -269,11 +269,12 @@ def _check_kinds(call: Call) -> None:
         raise TypeError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}: leave it out")
 
 
-def _no_place(name: str, asked: str) -> str:
-    """The refusal of an option, with the way out."""
+def _no_place(name: str, asked: str, method: str) -> str:
+    """The refusal of an option, with the way out; most of those that `generate` has are processors, which it runs."""
+    way_out = WAYS_OUT.get(name, "leave it out") if method == "generate" else "leave it out"
     return (
-        f"{asked} has no place in LLAMA2's sampler: {WAYS_OUT.get(name, 'leave it out')}, or call transformers' own "
-        "model class for transformers' own rule"
+        f"{asked} has no place in LLAMA2's sampler: {way_out}, or call transformers' own model class for transformers' "
+        "own rule"
     )
 
 

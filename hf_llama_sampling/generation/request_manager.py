@@ -6,6 +6,7 @@ are there. What this module does not do: it schedules nothing (transformers does
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..checks import check_int, check_seeds, check_temperature, check_top_p, fir
 from ..sampling.continuous import RequestSampler, RequestSettings, child_id, names_a_child
 from .inputs import check_lengths, read_prompts
 from .model_info import check_positions, eos_ids_of, forget_longer_texts, length_limit, vocab_size_of
-from .options import resolve_alias
+from .options import resolve_alias, sort_keywords
 
 _NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestState.to_generation_output)
 
@@ -93,6 +94,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         top_p: float | None = None,
         seed: int | None = None,
         max_gen_len: int | None = None,
+        **others: Any,
     ) -> str | None:
         r"""Add a request. Its tokens are those of `model.generate([input_ids], seeds=[seed])` with the same settings.
 
@@ -124,6 +126,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         if not self.is_tp_driver:
             return None
         self._refuse_if_closed()
+        self._refuse_keywords(others)
         asked = resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", max_new_tokens)
         prompt, limit = self._check_length(input_ids, first_not_none(asked, self.settings.max_gen_len))
         eos_ids = (
@@ -171,7 +174,10 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         names = [self._new_id(None) for _ in prompts]
         order = range(len(prompts))
         for row in sorted(order, key=prompts.__getitem__, reverse=True) if self._use_prefix_sharing else order:
-            self.add_request(prompts[row], names[row], **rows[row], **common)
+            try:
+                self.add_request(prompts[row], names[row], **rows[row], **common)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from error
         return [name if self.is_tp_driver else None for name in names]
 
     def cancel_request(self, request_id: str) -> None:
@@ -204,6 +210,15 @@ class LlamaBatchingManager(ContinuousBatchingManager):
                 "of continuous_batching_config, or shorten it"
             )
         return prompt, limit
+
+    def _refuse_keywords(self, others: dict[str, Any]) -> None:
+        """Refuse keywords that `add_request` does not have, by the sentence that `generate` has for them."""
+        sort_keywords(self.model, None, others, _OWN_ARGUMENTS, method="add_request")
+        for name in others:
+            raise TypeError(
+                f"add_request has no keyword {name!r}: a request has its own max_new_tokens, temperature, top_p, "
+                "seed and eos_token_id, all else is the manager's"
+            )
 
     def _new_id(self, request_id: str | None) -> str:
         if request_id is None:
@@ -289,6 +304,9 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             raise
         processor.model_runner._sample = functools.partial(self.sampler.store, processor.model_runner._sample)
         return processor
+
+
+_OWN_ARGUMENTS = [name for name in inspect.signature(LlamaBatchingManager.add_request).parameters if name != "self"]
 
 
 class _Router(OutputRouter):

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "prompt_logprobs.py": [TINY],
     "several_samples.py": [TINY],
     "multiple_choice.py": [TINY],
+    "continuous_batching.py": [TINY],
     "offload.py": [TINY],
     "chat_template.py": ["a model with a template"],
 }
@@ -29,6 +30,7 @@ PRINTED = {
     "prompt_logprobs.py": "'the king': -13.31 nats, perplexity 77",
     "several_samples.py": "the second prompt alone gives the same samples: True",
     "multiple_choice.py": "nats, ",
+    "continuous_batching.py": "JULIET's lines are those of generate: True",
     "offload.py": "787,200 of 1,771,200 weights are on the disk",
     "chat_template.py": "user: And London? (",
 }

@@ -3,6 +3,7 @@
 import collections
 import random
 import sys
+import types
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def random_rows(seed, rows=ROWS):
         "max_gen_len": [draw.randint(0, 26) for _ in prompts],
         "seeds": [draw.randrange(2**64) for _ in prompts],
     }
+
+
+@pytest.fixture(autouse=True)
+def _without_collections(monkeypatch):
+    """transformers collects garbage whenever a manager stops, which takes longer than a test of a tiny model."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    monkeypatch.setattr(continuous_api, "gc", types.SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests that share a costly fixture run on one worker, see tests/conftest.py.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-fast test-long test-processors soak structure benchmarks clean
+.PHONY: demo test test-fast test-long test-processors soak structure benchmarks wheel-test matrix test-neighbours clean
 
 demo: .venv/installed
 	$(BIN)/hf-llama-sampling complete --seed 1 --max-gen-len 40 --logprobs "ROMEO:" "First Citizen:"
@@ -33,6 +33,18 @@ test-processors: .venv/tests
 soak: .venv/tests
 	$(BIN)/python -m tests.soak
 
+# The tests against the built wheel, installed where there is no source tree.
+wheel-test: .venv/tests
+	$(BIN)/python -m tests.wheel build/wheel-test $(WORKERS)
+
+# Our models under TRL, torchao, Ray and a code generator: gigabytes, in an environment of its own.
+test-neighbours: .venv-neighbours/installed
+	.venv-neighbours/bin/python -m pytest -m "neighbours or not neighbours" tests/neighbours
+
+# The tests on other releases of transformers and torch, each in an environment of its own: some ten minutes each.
+matrix: .venv/tests
+	$(BIN)/python -m tests.matrix -- $(WORKERS)
+
 structure:
 	$(PYTHON) -m tests.structure
 
@@ -48,5 +60,10 @@ benchmarks: .venv/tests
 	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
+.venv-neighbours/installed: pyproject.toml tests/constraints.txt
+	test -x .venv-neighbours/bin/python || $(PYTHON) -m venv .venv-neighbours
+	.venv-neighbours/bin/pip install --quiet --constraint tests/constraints.txt --editable ".[test,ray,neighbours]"
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-neighbours build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -5,6 +5,7 @@ included, on any transformers causal LM. It imports nothing of the rest of this 
 against it.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,13 +48,15 @@ def reference_generate(
     finished = torch.zeros(len(lengths), dtype=torch.bool, device=device)
     stops = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
 
+    # Releases of transformers from 5.24 on give the argument and the output another name.
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, start = None, 0
     if min(lengths) == total_len:  # nothing to generate: the reference scores position t against the token at t
         logits = model(tokens).logits.float()
         scores = torch.log_softmax(logits, -1).gather(-1, tokens[:, :, None]).squeeze(-1)
     for column in range(min(lengths), total_len):
-        output = model(tokens[:, start:column], past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits.float()
+        output = model(tokens[:, start:column], **{cache_name: cache}, use_cache=True)
+        cache, logits = getattr(output, cache_name), output.logits.float()
         if temperature > 0:
             token = reference_sample_top_p(torch.softmax(logits[:, -1] / temperature, -1), top_p, generator=generator)
         else:

@@ -20,11 +20,13 @@ import pytest
 import torch
 import transformers
 
+import hf_llama_sampling
 from hf_llama_sampling import LlamaForCausalLM
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-TINY = HERE.parent / "hf_llama_sampling" / "tiny_llama"
+PACKAGE = Path(hf_llama_sampling.__file__).parent  # beside the tests, or where the wheel was installed
+TINY = PACKAGE / "tiny_llama"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
@@ -71,8 +73,10 @@ def _note_start(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_note_start)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the fixtures they use and the folder they stand in."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use and the folder they stand in; leave out those of heavy neighbours."""
+    if "neighbours" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("neighbours")]
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for marker in {MARKER_OF_FIXTURE[name] for name in fixtures if name in MARKER_OF_FIXTURE}:

@@ -1,16 +1,21 @@
 """The public surface, the bundled model, and what the built wheel carries."""
 
+import email
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama_sampling
-from tests.conftest import HERE, TINY
+from hf_llama_sampling.generation.releases import OLDEST
+from tests.conftest import HERE, PACKAGE, TINY
 
+ROOT = HERE.parent
 SURFACE = [
     "ChatPrediction",
     "CompletionPrediction",
@@ -46,7 +51,7 @@ def test_pure_modules_do_not_import_torch(module):
     code = (
         "import sys, types, importlib\n"
         "package = types.ModuleType('hf_llama_sampling')\n"
-        f"package.__path__ = [{str(HERE.parent / 'hf_llama_sampling')!r}]\n"
+        f"package.__path__ = [{str(PACKAGE)!r}]\n"
         "sys.modules['hf_llama_sampling'] = package\n"
         f"importlib.import_module('hf_llama_sampling.{module}')\n"
         "sys.exit('torch' in sys.modules)"
@@ -56,7 +61,7 @@ def test_pure_modules_do_not_import_torch(module):
 
 def test_reference_imports_nothing_of_the_rest():
     """The oracle does not share code with what it checks."""
-    source = (HERE.parent / "hf_llama_sampling" / "reference.py").read_text()
+    source = (PACKAGE / "reference.py").read_text()
     assert "hf_llama_sampling" not in source.replace("facebookresearch", "") and "from ." not in source
 
 
@@ -90,14 +95,69 @@ def test_bundled_model_learned_to_stop(tiny_model):
     assert output.finish_reason.count("stop") >= 12
 
 
-@pytest.mark.builds
-def test_wheel_carries_the_model_and_the_types(tmp_path):
-    """The built wheel holds the bundled model and py.typed, and no tests."""
+HEAVY = ["torch", "transformers", "numpy", "rich", "matplotlib", "pandas", "accelerate", "lm_eval", "ray"]
+
+
+@pytest.mark.launches
+def test_importing_the_package_imports_nothing_heavy():
+    """`import hf_llama_sampling` warns of nothing and leaves torch and its like until a name is used."""
+    code = f"import sys, hf_llama_sampling\nprint([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_one_version_everywhere():
+    """The changelog's newest release and the citation are the package's version; changes to come stand above it."""
+    headings = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    version, day = headings[1]
+    assert version == hf_llama_sampling.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], str(citation["date-released"]), citation["license"]) == (version, day, "Apache-2.0")
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_the_oldest_transformers_is_said_once():
+    """pyproject.toml, the sentence of the import and both READMEs name the same floor."""
+    assert f'"transformers>={OLDEST}"' in (ROOT / "pyproject.toml").read_text()
+    assert all(f"transformers >= {OLDEST}" in (ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that is built from this checkout."""
+    if not (ROOT / PACKAGE.name).is_dir():
+        pytest.skip("no source tree: the tests run against an installed wheel")
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*command, str(tmp_path), str(HERE.parent)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    subprocess.run([*command, str(folder), str(ROOT)], check=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.mark.builds
+def test_wheel_carries_the_model_and_the_types(wheel):
+    """The built wheel holds the bundled model and py.typed, and no tests."""
+    names = wheel.namelist()
     assert "hf_llama_sampling/py.typed" in names
     assert "hf_llama_sampling/tiny_llama/model.safetensors" in names
     assert "hf_llama_sampling/tiny_llama/tokenizer.model" in names
-    assert not [name for name in names if name.startswith(("tests", "examples"))]
+    assert {name.partition("/")[0] for name in names} == {
+        "hf_llama_sampling",
+        f"hf_llama_sampling-{hf_llama_sampling.__version__}.dist-info",
+    }
+
+
+@pytest.mark.builds
+def test_wheel_says_what_it_is(wheel):
+    """Its metadata: version, licence with its text, README, extras, links, command."""
+    info = f"hf_llama_sampling-{hf_llama_sampling.__version__}.dist-info"
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["Name"] == "hf-llama-sampling" and metadata["Version"] == hf_llama_sampling.__version__
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert {"gguf", "lm-eval", "ray"} <= set(metadata.get_all("Provides-Extra"))
+    assert metadata.get_all("Project-URL") and metadata["Summary"] and metadata["Keywords"]
+    lowest = metadata["Requires-Python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {lowest}" in metadata.get_all("Classifier")
+    assert "hf-llama-sampling = hf_llama_sampling.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()

@@ -22,12 +22,13 @@ from .edits import CallersCriteria, LogitEdits
 from .model_info import forget_longer_texts, length_limit
 from .options import FOR_THE_LOOP, Call
 from .plan import Plan
+from .releases import CACHE_NAME
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
 from .sharing import share_prefill
 
 NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
 _HANDED_ON = ("synced_gpus", "streamer")
-_EXTRAS = ("logits", "attentions", "hidden_states", "past_key_values")
+_EXTRAS = ("logits", "attentions", "hidden_states", CACHE_NAME)
 
 
 @dataclass
@@ -209,14 +210,14 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
     state, stream = LoopState.before(plan), random_stream(plan)
     scorer, prompt_rows = None, None
     if plan.echo and plan.wants_scores:
-        if call.to_model.get("past_key_values") is not None:  # the loop does not forward what a cache holds
+        if call.to_model.get(CACHE_NAME) is not None:  # the loop does not forward what a cache holds
             prompt_rows = _score_prompts(model, generate, plan, call)
         elif plan.start > 1:
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
     shared = share_prefill(model, generate, plan, call, scored=scorer is not None)
     if shared is not None:
-        arguments["past_key_values"] = shared.cache
+        arguments[CACHE_NAME] = shared.cache
         if scorer is not None:
             scorer.take(shared.scores, shared.bad)
     try:
@@ -250,7 +251,7 @@ def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: C
 
 def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> list[RowScores]:
     """The scores of whole prompts, in a run of their own."""
-    others = {name: value for name, value in call.to_model.items() if name != "past_key_values"}
+    others = {name: value for name, value in call.to_model.items() if name != CACHE_NAME}
     return score_prompts(
         model, generate, plan.prompts, top=plan.top_logprobs, chunk_bytes=plan.chunk_bytes, model_kwargs=others
     )
@@ -292,7 +293,7 @@ def _loop_arguments(
 
 def _check_cache(plan: Plan, call: Call) -> None:
     """Refuse a cache in the call that does not fit: the whole text comes with it, at least one token of it new."""
-    cache = call.to_model.get("past_key_values")
+    cache = call.to_model.get(CACHE_NAME)
     if cache is None:
         return
     if plan.ragged and not plan.padded:
@@ -308,7 +309,7 @@ def _check_cache(plan: Plan, call: Call) -> None:
 def _check_inputs(plan: Plan, call: Call) -> None:
     """Refuse tensors beside the ids, such as images, where the batch is laid out otherwise than they were made for."""
     for name, value in call.to_model.items():
-        if not isinstance(value, Tensor) or not value.dim() or name == "past_key_values":
+        if not isinstance(value, Tensor) or not value.dim() or name == CACHE_NAME:
             continue
         if plan.num_return_sequences > 1:
             raise ValueError(

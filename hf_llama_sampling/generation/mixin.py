@@ -24,6 +24,7 @@ from .options import resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Request, make_plan
 from .probe import Probe
+from .releases import check_release
 from .rows import run_parts, unshifted_rows
 from .schedule import Schedule
 from .scoring import CHUNK_BYTES, refuse_without_order
@@ -32,6 +33,8 @@ from .trimming import Compat
 from .view import Observer, loop_view
 from .walk import CACHE_BYTES
 from .windows import tokens_scored
+
+check_release()
 
 
 class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):

@@ -25,6 +25,7 @@ from ..checks import (
     to_python,
 )
 from ..defaults import TEMPERATURE, TOP_P
+from .releases import CACHE_NAME, CACHE_NAMES
 
 # Options of a generation config, by what becomes of them.
 # These edit logits so as to keep a text from ending; where no id ends a text they do nothing.
@@ -136,8 +137,8 @@ WAYS_OUT = {
     "position_ids": "positions follow from the prompts",
     "token_type_ids": "leave it out: prompts are laid out anew here, without it",
 }
-# What `pipeline("text-generation")` adds to each call in which its user did not say otherwise (transformers 5.23).
-PIPELINE_ADDS = {"max_new_tokens": 256, "do_sample": True}
+# The limit that `pipeline("text-generation")` adds to each call whose user, and whose checkpoint, name none.
+PIPELINE_ADDS = {"max_new_tokens": 256}
 # Arguments of transformers' `generate` that are no options of a config.
 LOOP_ARGUMENTS = (
     "logits_processor",
@@ -158,11 +159,11 @@ class Call:
     to_loop: dict[str, Any] = field(default_factory=dict)  # arguments of transformers' `generate`
     to_model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's `forward`
     in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
+    from_pipeline: set[str] = field(default_factory=set)  # options that look like a pipeline's own
 
     def option(self, name: str, *, beside: Any = None) -> Any:
         """An option's value. A config's, or a pipeline's own, counts for nothing beside what the call itself says."""
-        added = name in PIPELINE_ADDS and all(self.options.get(key) == value for key, value in PIPELINE_ADDS.items())
-        weaker = name in self.in_config or (added and name == "max_new_tokens")
+        weaker = name in self.in_config or name in self.from_pipeline
         return None if beside is not None and weaker else self.options.get(name)
 
     def editing(self) -> list[str]:
@@ -200,6 +201,10 @@ def sort_keywords(
         if name in REFUSED:
             if value is not None:
                 raise ValueError(_no_place(name, name, method))
+        elif name in CACHE_NAMES and of_forward & set(CACHE_NAMES):
+            if value is not None and call.to_model.get(CACHE_NAME) is not None:
+                raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+            call.to_model[CACHE_NAME] = first_not_none(value, call.to_model.get(CACHE_NAME))
         elif name in LOOP_ARGUMENTS:
             call.to_loop[name] = value
         elif name in options:
@@ -213,7 +218,15 @@ def sort_keywords(
             raise TypeError(f"{method} has no keyword {name!r}: {hint}")
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
+    call.from_pipeline = _added_by_a_pipeline(model, call.options)
     return call
+
+
+def _added_by_a_pipeline(model: Any, options: dict[str, Any]) -> set[str]:
+    """The options that have a pipeline's own value; it also says `do_sample` where the checkpoint does not."""
+    if options.get("do_sample") is None and model.generation_config.do_sample is None:
+        return set()
+    return {name for name, value in PIPELINE_ADDS.items() if options.get(name) == value}
 
 
 def _read_config(config: Any) -> Call:
@@ -264,7 +277,7 @@ def _check_kinds(call: Call) -> None:
         raise TypeError(
             f"streamer must have the methods put and end, got {streamer!r}: pass a TextStreamer or the like"
         )
-    cache = call.to_model.get("past_key_values")
+    cache = call.to_model.get(CACHE_NAME)
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise TypeError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}: leave it out")
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from .caches import can_be_shared
 from .model_info import device_of, length_limit, soft_prompts_of, vocab_size_of
+from .releases import CACHE_NAME, cache_in
 from .view import Observer
 
 # Families of which `tests/families` shows that a row stays what it is alone, in a batch and behind padding. Others are
@@ -129,11 +130,11 @@ def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
         whole, _ = _logits(generate, ids, torch.ones_like(ids))
         config = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True)
         first = generate(ids[:1, :-1], attention_mask=torch.ones_like(ids[:1, :-1]), generation_config=config)
-        cache = first.past_key_values
+        cache = cache_in(first)
         if type(cache) is not DynamicCache or cache.get_seq_length() != 7:
             return False
         cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
-        repeated, _ = _logits(generate, ids, torch.ones_like(ids), past_key_values=cache)
+        repeated, _ = _logits(generate, ids, torch.ones_like(ids), cache=cache)
     except Exception:  # a cache of another kind, or one that is not taken
         return False
     return _equal(repeated, whole, model.dtype)
@@ -199,7 +200,7 @@ def _logits(
     ids: Tensor,
     mask: Tensor,
     *,
-    past_key_values: Any = None,
+    cache: Any = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
@@ -207,11 +208,11 @@ def _logits(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **options
     )
-    given = {} if past_key_values is None else {"past_key_values": past_key_values}
+    given = {} if cache is None else {CACHE_NAME: cache}
     output = generate(
         ids, attention_mask=mask, generation_config=config, logits_processor=[_Always(1)], observer=observer, **given
     )
-    return torch.stack(output.logits, 1), output.past_key_values
+    return torch.stack(output.logits, 1), cache_in(output)
 
 
 def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .loop import Finished, LoopState, run_loop
 from .options import Call
 from .plan import Plan
+from .releases import CACHE_NAME
 from .scoring import (
     RowScores,
     TokenScores,
@@ -59,7 +60,7 @@ def run_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) 
 
 def _refuse_for_parts(call: Call) -> None:
     """Refuse what goes with one run: a streamer, a time, a cache, inputs beside the ids."""
-    beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == "past_key_values"]
+    beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == CACHE_NAME]
     names = [name for name in ("streamer",) if call.to_loop.get(name) is not None]
     names += [name for name in ("max_time",) if call.options.get(name) is not None]
     for name in names + beside:

@@ -23,6 +23,7 @@ from .caches import lay_out, select_rows
 from .options import CACHING, Call
 from .plan import Plan
 from .probe import Probe
+from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, TokenScores, chunk_of
 from .walk import forward_cost
 
@@ -172,7 +173,7 @@ class _Stages:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=1, return_dict_in_generate=True, prefill_chunk_size=chunk
         )
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {CACHE_NAME: cache}
         output = self.generate(ids, attention_mask=mask, generation_config=config, observer=scorer, **given)
         scores, bad = (None, None) if scorer is None else scorer.found()
-        return SharedPrefill(ids.shape[1], output.past_key_values, scores, bad)
+        return SharedPrefill(ids.shape[1], cache_in(output), scores, bad)

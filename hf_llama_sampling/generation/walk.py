@@ -23,6 +23,7 @@ from .caches import bytes_per_column, drop_last, repeat_rows, take_row, window_o
 from .model_info import device_of, forget_longer_texts, length_limit, vocab_size_of
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
 from .probe import Probe
+from .releases import CACHE_NAME, cache_in
 from .scoring import columns_per_chunk, needs_one_chunk, nonfinite_rows, rows_per_piece, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
@@ -157,10 +158,10 @@ def forward_columns(
     held = 0 if cache is None else int(cache.get_seq_length())
     reader = _ColumnReader(type(model).__name__, columns, ids.shape[1] - held)
     config = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True, use_cache=use_cache)
-    given = {} if cache is None else {"past_key_values": cache}
+    given = {} if cache is None else {CACHE_NAME: cache}
     mask = torch.ones_like(ids)
     output = generate(ids, attention_mask=mask, generation_config=config, observer=reader, **given)
-    return reader.logits, output.past_key_values if use_cache else None
+    return reader.logits, cache_in(output) if use_cache else None
 
 
 def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:

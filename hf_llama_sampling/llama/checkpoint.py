@@ -24,6 +24,7 @@ from accelerate.utils import (
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from ..generation.releases import CACHE_NAMES
 from .meta_params import feed_forward_size, read_params
 from .meta_shards import Shard, Weight, merged_weights, open_shards, shard_files
 from .placement import AUTOMATIC, Device, DeviceMap, MaxMemory, check_device
@@ -86,7 +87,7 @@ def load_meta_checkpoint(
     offload_to = _offload_folder(model, offload_folder) if "disk" in devices.values() else None
     _fill(model, _merged(shards, weights, dtype), devices, offload_folder=offload_to)
     if device_map is not None:
-        dispatch_model(model, devices, offload_dir=offload_to, skip_keys="past_key_values")
+        dispatch_model(model, devices, offload_dir=offload_to, skip_keys=list(CACHE_NAMES))
     return model.eval()
 
 

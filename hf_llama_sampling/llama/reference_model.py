@@ -20,6 +20,7 @@ from ..checks import check_int
 from ..generation.caches import can_be_shared, can_drop, drop_last, select_rows
 from ..generation.mixin import with_llama_generation
 from ..generation.model_info import device_of, length_limit, vocab_size_of
+from ..generation.releases import CACHE_NAME, cache_in
 
 _IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
 _FROM_PARAMS = ("n_layers",)
@@ -205,7 +206,7 @@ def _whole(forward: Callable[..., Any], ids: Tensor) -> _Answer:
         output = forward(input_ids=ids, use_cache=True, return_dict=True)
     except ValueError:  # recurrent models that make no cache by themselves
         output = forward(input_ids=ids, use_cache=False, return_dict=True)
-    return _Answer(output.logits, getattr(output, "past_key_values", None))
+    return _Answer(output.logits, cache_in(output))
 
 
 def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int) -> _Answer | None:
@@ -216,10 +217,10 @@ def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int)
     if start < length or len(new) < len(earlier.ids):
         cache = select_rows(drop_last(cache, length - start), torch.arange(len(new)))
     try:
-        output = forward(input_ids=new, past_key_values=cache, use_cache=True, return_dict=True)
+        output = forward(input_ids=new, **{CACHE_NAME: cache}, use_cache=True, return_dict=True)
     except (AssertionError, NotImplementedError, TypeError, ValueError):  # a model that takes no cache, or one token
         return None
-    kept = getattr(output, "past_key_values", None)
+    kept = cache_in(output)
     if kept is None or not hasattr(kept, "get_seq_length") or int(kept.get_seq_length()) != start + new.shape[1]:
         return None
     return _Answer(output.logits, kept)

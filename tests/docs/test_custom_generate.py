@@ -1,12 +1,19 @@
 """The folder in the Hub's convention for custom generation methods, run by transformers' own `generate`."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import HERE, TINY
+from hf_llama_sampling import LlamaGenerationMixin
+from tests.conftest import HERE, PACKAGE, TINY
+from tests.docs.test_blocks import blocks_of, check_printed, run_python
+from tests.generation.helpers import close
 
-FOLDER = str(HERE.parent / "examples" / "custom_generate")
+EXAMPLES = HERE.parent / "examples"
+FOLDER = str(EXAMPLES / "custom_generate")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,8 @@ def test_transformers_runs_it(plain, tiny_model, tiny_tokenizer):
         **asked,
     )
     ours = tiny_model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **asked)
-    assert made.tokens == ours.tokens and made.logprobs == ours.logprobs
+    assert made.tokens == ours.tokens
+    close(made.logprobs, ours.logprobs)
 
 
 def test_a_tensor_comes_back_where_nothing_more_is_asked(plain, tiny_model):
@@ -37,3 +45,19 @@ def test_a_tensor_comes_back_where_nothing_more_is_asked(plain, tiny_model):
     assert torch.equal(made, tiny_model.generate(ids, max_gen_len=4, temperature=0))
     with pytest.raises(ValueError, match="top_p must lie in"):
         plain.generate(ids, custom_generate=FOLDER, trust_remote_code=True, max_gen_len=4, top_p=2)
+
+
+def test_its_card_runs_as_shown(tmp_path, monkeypatch):
+    """The block of the model card, in a folder that holds what a checkout does."""
+    (tmp_path / "hf_llama_sampling").symlink_to(PACKAGE)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_of(EXAMPLES / "custom_generate" / "README.md")
+    check_printed(block.shown, run_python(block, {"__name__": "__main__"}, "the card"), "the card")
+
+
+def test_its_arguments_and_defaults_are_ours():
+    """Each argument that the card's table names is one of our generate's."""
+    card = (EXAMPLES / "custom_generate" / "README.md").read_text()
+    named = [name for row in re.findall(r"^\| (`.*?`) \|", card, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert len(named) > 6 and set(named) <= set(inspect.signature(LlamaGenerationMixin.generate).parameters)

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -22,6 +23,7 @@ ARGUMENTS = {
     "continuous_batching.py": [TINY],
     "offload.py": [TINY],
     "chat_template.py": ["a model with a template"],
+    "evaluate.py": [TINY],
 }
 PRINTED = {
     "text_completion.py": "The king is\n> ",
@@ -33,8 +35,10 @@ PRINTED = {
     "continuous_batching.py": "JULIET's lines are those of generate: True",
     "offload.py": "787,200 of 1,771,200 weights are on the disk",
     "chat_template.py": "user: And London? (",
+    "evaluate.py": "who_speaks: accuracy 0.5, standard error 0.50",
 }
-TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py"]
+TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py", "ray_batch.py"]
+HARNESS = ["evaluate.py"]  # importing it asks git for a version
 
 
 @pytest.fixture
@@ -46,9 +50,15 @@ def templated(tmp_path):
     return tmp_path / "templated"
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.launches] if name in HARNESS else []) for name in ARGUMENTS],
+)
 def test_example_runs(name, monkeypatch, capsys, templated):
     """It ends without an error or a warning, and prints what it is about."""
+    if name in HARNESS:
+        pytest.importorskip("lm_eval", reason="needs lm_eval: install the extra lm-eval")
+        warnings.simplefilter("ignore")  # the libraries that the harness imports warn on their own account
     arguments = [templated if argument == "a model with a template" else argument for argument in ARGUMENTS[name]]
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")

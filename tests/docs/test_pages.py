@@ -9,7 +9,7 @@ import torch
 
 from hf_llama_sampling.cli import main
 from tests.benchmarks import summary
-from tests.conftest import HERE
+from tests.conftest import HERE, PACKAGE
 from tests.docs.test_blocks import FENCE, PAGES, ROOT, blocks_of
 
 DOCS = ROOT / "docs"
@@ -148,8 +148,7 @@ def test_the_file_tree_is_the_packages():
             named |= set() if folder else {name.strip() for name in entry.split(",")}
         elif entry.endswith(".py"):
             named.add(folder + entry)
-    package = ROOT / "hf_llama_sampling"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert named == modules
 
 
@@ -160,7 +159,7 @@ def test_names_of_the_rules_are_where_the_table_says():
     assert len(rows) > 8
     for words in rows:
         files = [word for word in words if word.endswith(".py")]
-        text = "".join((ROOT / "hf_llama_sampling" / file).read_text() for file in files)
+        text = "".join((PACKAGE / file).read_text() for file in files)
         for name in (word for word in words if "." not in word):
             assert re.search(rf"^(?:def|class) {name}\b", text, flags=re.MULTILINE), f"{name} is not in {files}"
 
@@ -169,8 +168,8 @@ def test_files_that_the_pages_name_exist():
     """`sampling/streams.py` and its like, in any page."""
     for page in PAGES:
         for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()):
-            found = [base for base in (ROOT, ROOT / "hf_llama_sampling") if (base / name).is_file()]
-            inside = list((ROOT / "hf_llama_sampling").rglob(name))
+            found = [base for base in (ROOT, PACKAGE) if (base / name).is_file()]
+            inside = list(PACKAGE.rglob(name))
             assert found or inside or name == "llama/generation.py", f"{page.name} names {name}"
 
 

@@ -9,7 +9,7 @@ import transformers
 from hf_llama_sampling import Llama, LlamaForCausalLM, Tokenizer, checks, console
 from hf_llama_sampling.llama import dialog, meta_params, reference_model
 from hf_llama_sampling.llama.tokenizer import TransformersTokenizer
-from tests.conftest import HERE, TINY
+from tests.conftest import PACKAGE, TINY
 
 WITH_EXAMPLES = [Llama.build, Llama.generate, Llama.text_completion, Llama.chat_completion, Llama.encode_dialog]
 WITH_EXAMPLES += [Tokenizer.encode, Tokenizer.decode]
@@ -27,7 +27,7 @@ def examples_of(thing):
 )
 def test_examples_print_what_they_say(thing, tiny_model, monkeypatch):
     """Each `>>>` line gives the output under it."""
-    monkeypatch.chdir(HERE.parent)
+    monkeypatch.chdir(PACKAGE.parent)
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     names = {
         "folder": str(TINY),

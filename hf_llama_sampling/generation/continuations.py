@@ -13,7 +13,7 @@ import numpy as np
 from transformers.utils import ModelOutput
 
 from ..checks import check_int, first_not_none, to_list
-from .model_info import context_of, vocab_size_of
+from .model_info import check_positions, context_of, vocab_size_of
 from .prefix import Text
 from .walk import score_texts
 
@@ -51,6 +51,8 @@ def continuations_scored(
     starts = read_contexts(contexts, bos_id(model, bos), vocab_size_of(model))
     listed = read_continuations(continuations, len(starts), vocab_size_of(model))
     _check_fit(starts, listed, context_of(model))
+    longest = max(len(start) + len(ids) - 1 for start, rows in zip(starts, listed, strict=True) for ids in rows)
+    check_positions(model, longest, "a context and its continuation")
     texts = [
         [Text(np.array([*start, *ids], np.int32), len(start)) for ids in rows]
         for start, rows in zip(starts, listed, strict=True)

@@ -20,8 +20,9 @@ from transformers import GenerationConfig
 
 from ..checks import PerRow, check_bool, check_count, check_int, check_seeds, first_not_none
 from ..sampling.settings import SamplingSettings
+from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
-from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, soft_prompts_of, vocab_size_of
+from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from .options import NO_EDIT, Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias, sort_keywords
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ CPU_PAGE, CPU_REQUESTS, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16, 16_384, 256
 class LlamaContinuousMixin:
     """transformers' three ways into continuous batching, with LLAMA2's rule and one stream per request."""
 
+    @through_peft
     def init_continuous_batching(
         self,
         generation_config: GenerationConfig | None = None,
@@ -96,6 +98,7 @@ class LlamaContinuousMixin:
         )
         return _make_manager(self, continuous_batching_config, workload_hints, settings)
 
+    @through_peft
     @contextlib.contextmanager
     def continuous_batching_context_manager(
         self,
@@ -127,6 +130,7 @@ class LlamaContinuousMixin:
         with _running(manager, persistent_manager, warmup, block=block, timeout=timeout):
             yield manager
 
+    @through_peft
     def generate_batch(
         self,
         inputs: Tensor | Sequence[Sequence[int]] | None = None,
@@ -195,6 +199,7 @@ def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, An
     """The call's options, and refusals of what has no place in continuous batching, or in this release."""
     _manager_module()
     refuse_encoder_decoder(model)
+    refuse_invocation_tokens(model)
     if soft_prompts_of(model) is not None:
         raise ValueError(
             "continuous batching has no place for soft prompts, which stand before each text: use generate"

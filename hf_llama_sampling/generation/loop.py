@@ -18,9 +18,10 @@ from ..sampling import fast_path
 from ..sampling.rule import Draw
 from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
+from .adapters import keeps_soft_prompts_in_cache, soft_prompts_of
 from .edits import CallersCriteria, LogitEdits
 from .model_info import forget_longer_texts, length_limit
-from .options import FOR_THE_LOOP, Call
+from .options import CACHING, FOR_THE_LOOP, Call
 from .plan import Plan
 from .releases import CACHE_NAME
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
@@ -200,6 +201,7 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
     Raises:
         ValueError: a cache in the call does not fit the prompts, or logits hold nan or inf.
     """
+    _check_soft_prompts(model, call)
     _check_cache(plan, call)
     _check_inputs(plan, call)
     if length_limit(model) is not None:
@@ -289,6 +291,22 @@ def _loop_arguments(
         **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
         **call.to_model,
     }
+
+
+def _check_soft_prompts(model: Any, call: Call) -> None:
+    """Refuse options about the cache under soft prompts, which PEFT puts into an empty one of the usual kind."""
+    soft_prompts = soft_prompts_of(model)
+    if soft_prompts is None:
+        return
+    asked = [name for name in sorted(CACHING) if call.options.get(name)]
+    asked += ["past_key_values"] if call.to_model.get("past_key_values") is not None else []
+    if call.options.get("use_cache") is False and keeps_soft_prompts_in_cache(soft_prompts):
+        asked.append("use_cache=False")
+    for name in asked:
+        raise ValueError(
+            f"{name} has no place under a soft prompt, which PEFT puts into an empty cache of the usual kind: leave it "
+            "out"
+        )
 
 
 def _check_cache(plan: Plan, call: Call) -> None:

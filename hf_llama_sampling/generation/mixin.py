@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
+from .adapters import is_peft_model, refuse_invocation_tokens, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .inputs import read_prompts
@@ -119,6 +120,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         with ended_with_the_call(kwargs):
             # 1. Read the call: its keywords by who reads them, its prompts as lists.
             refuse_encoder_decoder(self)
+            refuse_invocation_tokens(self)
             call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
             inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
             prompts = _read_prompts(self, inputs, call.to_model.pop("attention_mask", None), call.options)
@@ -168,6 +170,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         """
         raise OSError("a class with LLAMA2's generate takes none from a checkpoint")
 
+    @through_peft
     @torch.no_grad()
     def score_tokens(
         self,
@@ -215,6 +218,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         >>> model.score_tokens([[1, 306, 4658], [1, 450]]).logprobs
         """
         refuse_encoder_decoder(self)
+        refuse_invocation_tokens(self)
         top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
@@ -232,6 +236,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             cache_bytes=cache_bytes,
         )
 
+    @through_peft
     def score_continuations(
         self,
         contexts: Sequence[Sequence[int]],
@@ -267,6 +272,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
         """
         refuse_encoder_decoder(self)
+        refuse_invocation_tokens(self)
         loop = _transformers_generate(self)
         refuse_without_order(self, Probe(self, loop))
         return continuations_scored(
@@ -300,9 +306,11 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
 def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with `LlamaGenerationMixin`: a new object of a new class that shares all weights with `model`.
 
+    A model of PEFT becomes one around such a twin: PEFT's own methods, and those of this package under its adapters.
+
     Args:
-        model: any decoder-only causal language model of transformers, compiled by `torch.compile` or not. It is left as
-            it is.
+        model: any decoder-only causal language model of transformers, compiled by `torch.compile` or not, or a model of
+            PEFT around one. It is left as it is.
 
     Raises:
         ValueError: the model is an encoder-decoder.
@@ -320,6 +328,10 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
             "one with AutoModelForCausalLM.from_pretrained"
         )
     refuse_encoder_decoder(model)
+    if is_peft_model(model):
+        peft_model: Any = model
+        ours = isinstance(peft_model.get_base_model(), LlamaGenerationMixin)
+        return model if ours else with_inner(model, with_llama_generation)
     twin = copy.copy(model)
     model_class: Any = type(model)
     twin.__class__ = _with_mixin(model_class)

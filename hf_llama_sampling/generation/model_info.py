@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, first_not_none, to_list, to_scalar
+from .adapters import virtual_tokens
 
 # Names of position tables in transformers' models, and of the parts of a model that read no text.
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|pos_encoding|positions_embed|embed_positions|\w*position_embeddings?)$")
@@ -33,16 +34,20 @@ def context_of(model: Any) -> int | None:
 def check_positions(model: Any, columns: int | None, name: str = "a text with its new tokens") -> None:
     """Refuse more columns than the model has positions in a table, learned or computed ahead, if it has one."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if columns is None or length is None or not 0 < length < columns:
+    if columns is None or length is None or not 0 < length < columns + virtual_tokens(model):
         return
     tables = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
     tables += [path for path, buffer in model.named_buffers() if buffer.dim() == 2]
     tables += ["pos_encoding" for module in model.modules() if "pos_encoding" in vars(module)]  # CTRL
     if any(_POSITION_TABLE.search(path) and not _OTHER_TOWER.search(path) for path in tables):
         raise ValueError(
-            f"{name} must not exceed the {length} positions that {type(model).__name__} has a table of, got {columns}: "
-            "shorten it"
+            f"{name} must not exceed the {length} positions that {type(model).__name__} has a table of, got {columns}"
+            f"{_beside(virtual_tokens(model))}: shorten it"
         )
+
+
+def _beside(virtual: int) -> str:
+    return f" beside {virtual} virtual tokens of a soft prompt" if virtual else ""
 
 
 def length_limit(model: Any) -> int | None:
@@ -60,7 +65,7 @@ def length_limit(model: Any) -> int | None:
         if parameters.get("original_max_position_embeddings")
     ]
     fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    return int(min([*named, fallback]))
+    return int(min([*named, fallback])) - virtual_tokens(model)
 
 
 def forget_longer_texts(model: Any) -> None:
@@ -79,13 +84,6 @@ def forget_longer_texts(model: Any) -> None:
                 factors = getattr(module, f"{kind}_inv_freq" if kind else "inv_freq")
                 position = torch.zeros(1, 1, dtype=torch.long, device=factors.device)
                 module(position.float()[..., None], position, **({"layer_type": kind} if kind else {}))
-
-
-def soft_prompts_of(model: Any) -> Any:
-    """What replaces the model's way of preparing inputs for the loop, as PEFT's soft prompts do; None if nothing."""
-    prepare = vars(model).get("prepare_inputs_for_generation")
-    owner = getattr(prepare, "__self__", prepare)
-    return None if prepare is None or owner is model or isinstance(owner, type(model)) else owner
 
 
 def check_max_seq_len(model: Any, asked: Any) -> int | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
+from .adapters import mixes_adapters, soft_prompts_of
 from .caches import can_be_shared
-from .model_info import device_of, length_limit, soft_prompts_of, vocab_size_of
+from .model_info import device_of, length_limit, vocab_size_of
 from .releases import CACHE_NAME, cache_in
 from .view import Observer
 
@@ -53,15 +54,19 @@ class Probe:
 
     def reads_in_chunks(self, width: int) -> bool:
         """Whether a text of `width` tokens may be prefilled chunk by chunk with the same result."""
-        if soft_prompts_of(self.model) is not None or self._rotary_grows(width):
+        if self._cache_belongs_to_peft() or self._rotary_grows(width):
             return False
         return _found(self.model, "chunks", lambda: _reads_in_chunks(self.model, self.generate))
 
     def repeats_rows(self, width: int) -> bool:
         """Whether rows may go on, token by token, from copies of one row's cache of `width` tokens."""
-        if self._rotary_grows(width):
+        if self._cache_belongs_to_peft() or self._rotary_grows(width):
             return False
         return _found(self.model, "copies", lambda: _repeats_rows(self.model, self.generate))
+
+    def _cache_belongs_to_peft(self) -> bool:
+        """Whether what a cache holds depends on soft prompts, or on which adapter is each row's."""
+        return soft_prompts_of(self.model) is not None or mixes_adapters(self.model)
 
     def _rotary_grows(self, width: int) -> bool:
         """Whether rotary factors depend on the length of a text of so many tokens."""

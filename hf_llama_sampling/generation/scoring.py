@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..checks import nonfinite
+from .adapters import soft_prompts_of
 from .inputs import right_padded
 from .model_info import device_of, vocab_size_of
 from .probe import Probe
@@ -276,7 +277,8 @@ def too_few_logits(name: str, found: int, width: int) -> str:
 
 def needs_one_chunk(model: Any, batch: int, width: int) -> str:
     """The refusal of several chunks, with the budget that one needs."""
+    cache = "keys and values alone" if soft_prompts_of(model) is None else "the text alone, without virtual tokens"
     return (
-        f"scoring a text chunk by chunk needs a cache of keys and values alone, and {type(model).__name__} has none: "
+        f"scoring a text chunk by chunk needs a cache of {cache}, and {type(model).__name__} has none: "
         f"raise chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}, so that one chunk holds it all"
     )

@@ -45,8 +45,8 @@ class CacheFacts(NamedTuple):
     window: int | None  # the shortest sliding window
 
 
-# By model and dtype; None where its caches are not shared.
-_FACTS: "weakref.WeakKeyDictionary[Any, dict[Any, CacheFacts | None]]" = weakref.WeakKeyDictionary()
+# By model and dtype.
+_FACTS: "weakref.WeakKeyDictionary[Any, dict[Any, CacheFacts]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -126,13 +126,13 @@ class _ColumnReader:
         """Forward; the loop gets the last logits, which nobody reads."""
         count = len(self.columns)
         if count and "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = self.columns if count < self.width else 0
+            # Counted from the end: soft prompts stand before a text's own columns.
+            kwargs["logits_to_keep"] = self.columns - self.width if count < self.width else 0
         output = forward(*args, **kwargs)
         logits = output.logits
         if count:
             if logits.shape[1] < self.width and logits.shape[1] != count:
                 raise ValueError(too_few_logits(self.name, logits.shape[1], self.width))
-            # Soft prompts stand before a text's own columns.
             own = logits[:, -self.width :]
             self.logits = own if own.shape[1] == count else own[:, self.columns.to(logits.device)]
         output.logits = logits[:, -1:]
@@ -166,13 +166,13 @@ def forward_columns(
 
 def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:
     """How a model's cache of a prefix may be shared, found out once; None if it may not."""
+    if not Probe(model, generate).reads_in_chunks(1):
+        return None
     known = _FACTS.setdefault(model, {})
     if model.dtype not in known:
-        known[model.dtype] = None
-        if Probe(model, generate).reads_in_chunks(1):
-            ids = torch.ones(1, 3, dtype=torch.long, device=device_of(model))
-            _, cache = forward_columns(model, generate, ids, None, ids[0, :0], use_cache=True)
-            known[model.dtype] = CacheFacts(bytes_per_column(cache), window_of(cache))
+        ids = torch.ones(1, 3, dtype=torch.long, device=device_of(model))
+        _, cache = forward_columns(model, generate, ids, None, ids[0, :0], use_cache=True)
+        known[model.dtype] = CacheFacts(bytes_per_column(cache), window_of(cache))
     return known[model.dtype]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checks import check_int
+from ..generation.adapters import is_peft_model
 from ..generation.caches import can_be_shared, can_drop, drop_last, select_rows
 from ..generation.mixin import with_llama_generation
 from ..generation.model_info import device_of, length_limit, vocab_size_of
@@ -137,7 +138,8 @@ class ReferenceModel:
         if name == "output":
             found = self.get_output_embeddings()
         elif name in _IN_DECODER:
-            decoder = getattr(self, self.base_model_prefix, None)
+            whole = self.get_base_model() if is_peft_model(self) else self
+            decoder = getattr(whole, whole.base_model_prefix, None)
             found = getattr(decoder, _IN_DECODER[name], None)
         if found is None:
             raise AttributeError(

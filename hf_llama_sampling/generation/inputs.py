@@ -41,6 +41,12 @@ def read_prompts(
             "generate needs prompts: lists of token ids, or a tensor of shape (B, T) with its attention_mask"
         )
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        for name in inputs:
+            if name not in ("input_ids", "attention_mask") and not _says_nothing(name, inputs[name]):
+                raise ValueError(
+                    f"a batch given as one object may hold input_ids and attention_mask alone, and this holds {name} "
+                    "too: pass it to generate as **batch, or without it"
+                )
         inputs, attention_mask = inputs["input_ids"], first_not_none(attention_mask, inputs.get("attention_mask"))
     tensor = _as_tensor(inputs)
     if tensor is not None:
@@ -51,6 +57,11 @@ def read_prompts(
         prompts = _rows_of_lists(inputs, attention_mask)
     _check_prompts(prompts, vocab_size)
     return prompts
+
+
+def _says_nothing(name: str, values: Any) -> bool:
+    """Whether these are token types which, as those of most texts, are all 0."""
+    return name.endswith("token_type_ids") and not any(any(to_list(row) or [True]) for row in to_list(values) or [[]])
 
 
 def _as_tensor(inputs: Any) -> Tensor | None:
@@ -167,6 +178,43 @@ def _without_padding(row: int, ids: list[int], mask: Sequence[Any]) -> list[int]
             f"attention_mask must be one run of ones per row, but row {row} has a hole: pad on one side only"
         )
     return [ids[position] for position in real]
+
+
+def read_beside_tokens(name: str, given: Any, attention_mask: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Values that stand beside each token, such as `token_type_ids`, as one list per prompt, without padding.
+
+    >>> read_beside_tokens("token_type_ids", [[0, 0, 1], [0, 1, 1]], [[0, 1, 1], [1, 1, 1]], [[1, 5], [1, 6, 7]])
+    [[0, 1], [0, 1, 1]]
+    """
+    rows = [to_list(row) or [] for row in to_list(given) or []]
+    if attention_mask is not None:
+        masks = [to_list(row) or [] for row in to_list(attention_mask) or []]
+        if list(map(len, rows)) == list(map(len, masks)):
+            rows = [
+                [value for value, seen in zip(row, mask, strict=True) if seen]
+                for row, mask in zip(rows, masks, strict=True)
+            ]
+    ints = all(isinstance(to_scalar(value), int) for row in rows for value in row)
+    if not ints or list(map(len, rows)) != list(map(len, prompts)):
+        raise ValueError(
+            f"{name} must hold one int for each token of each prompt, and this has others: pass it as the processor "
+            "gave it, with its input_ids and its attention_mask"
+        )
+    return [[int(value) for value in row] for row in rows]
+
+
+def lay_out_beside_tokens(model_kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+    """Arguments of the model's forward, with values beside tokens laid out as the mask (B, T) lays out the tokens."""
+    laid_out = dict(model_kwargs)
+    for name in beside_tokens(model_kwargs):
+        values = torch.tensor([value for row in model_kwargs[name] for value in row], dtype=mask.dtype)
+        laid_out[name] = torch.zeros_like(mask).masked_scatter(mask.bool(), values.to(mask.device))
+    return laid_out
+
+
+def beside_tokens(model_kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of arguments that hold a value for each token."""
+    return [name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None]
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], most: int | None, *, name: str = "max_seq_len") -> None:

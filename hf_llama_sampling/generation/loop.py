@@ -20,6 +20,7 @@ from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .adapters import keeps_soft_prompts_in_cache, soft_prompts_of
 from .edits import CallersCriteria, LogitEdits
+from .inputs import beside_tokens, lay_out_beside_tokens
 from .model_info import forget_longer_texts, length_limit
 from .options import CACHING, FOR_THE_LOOP, Call
 from .plan import Plan
@@ -264,7 +265,8 @@ def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     asked = call.options
     # A caller who keeps the attentions or the hidden states of all columns has them of one forward.
     whole = asked.get("output_attentions") or asked.get("output_hidden_states")
-    chunk = None if whole else chunk_of(model, generate, ids, plan.chunk_bytes)
+    typed = bool(beside_tokens(call.to_model))
+    chunk = None if whole else chunk_of(model, generate, ids, plan.chunk_bytes, whole=typed)
     sizes = [size for size in (chunk, asked.get("prefill_chunk_size")) if size]
     return PromptScorer(
         type(model).__name__,
@@ -289,7 +291,7 @@ def _loop_arguments(
         "logits_processor": [SamplingProcessor(plan, state, stream, LogitEdits(model, plan, call))],
         "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call))],
         **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
-        **call.to_model,
+        **lay_out_beside_tokens(call.to_model, plan.layout()[1]),
     }
 
 
@@ -325,9 +327,15 @@ def _check_cache(plan: Plan, call: Call) -> None:
 
 
 def _check_inputs(plan: Plan, call: Call) -> None:
-    """Refuse tensors beside the ids, such as images, where the batch is laid out otherwise than they were made for."""
+    """Refuse what stands beside the ids, such as images, where the batch is laid out otherwise than it was made for."""
+    typed = beside_tokens(call.to_model)
+    if typed and call.options.get("prefill_chunk_size"):
+        raise ValueError(
+            f"{typed[0]} may let tokens of an image see each other, and prefill_chunk_size reads them in parts: leave "
+            "prefill_chunk_size out"
+        )
     for name, value in call.to_model.items():
-        if not isinstance(value, Tensor) or not value.dim() or name == CACHE_NAME:
+        if name not in typed and (not isinstance(value, Tensor) or not value.dim() or name == CACHE_NAME):
             continue
         if plan.num_return_sequences > 1:
             raise ValueError(
@@ -338,10 +346,6 @@ def _check_inputs(plan: Plan, call: Call) -> None:
             raise ValueError(
                 f"{name} needs whole prompts at once, and in the reference schedule a ragged batch begins where its "
                 'shortest prompt ends: take schedule="padded", or prompts of one length'
-            )
-        if plan.ragged and value.shape[:1] == (len(plan.prompts),) and name.endswith("type_ids"):
-            raise ValueError(
-                f"{name} stands beside each token, and a ragged batch is laid out anew: pass prompts of one length"
             )
 
 

@@ -18,7 +18,7 @@ from ..checks import PerRow, check_int
 from .adapters import is_peft_model, refuse_invocation_tokens, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
-from .inputs import read_prompts
+from .inputs import beside_tokens, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
 from .options import resolve_alias, sort_keywords
@@ -123,7 +123,10 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             refuse_invocation_tokens(self)
             call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
             inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
-            prompts = _read_prompts(self, inputs, call.to_model.pop("attention_mask", None), call.options)
+            mask = call.to_model.pop("attention_mask", None)
+            prompts = _read_prompts(self, inputs, mask, call.options)
+            for name in beside_tokens(call.to_model):
+                call.to_model[name] = read_beside_tokens(name, call.to_model[name], mask, prompts)
 
             # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
             request = Request(

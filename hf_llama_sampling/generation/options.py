@@ -6,6 +6,7 @@ prompts and runs nothing.
 
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +116,6 @@ REFUSED = {
     "negative_prompt_attention_mask",
     "inputs_embeds",
     "position_ids",
-    "token_type_ids",
     "labels",
     "logits_to_keep",
     "cache_position",
@@ -135,8 +135,9 @@ WAYS_OUT = {
     "negative_prompt_attention_mask": "pass an UnbatchedClassifierFreeGuidanceLogitsProcessor in logits_processor",
     "inputs_embeds": "pass token ids",
     "position_ids": "positions follow from the prompts",
-    "token_type_ids": "leave it out: prompts are laid out anew here, without it",
 }
+# Inputs of models that read more than token ids, as their processors name them.
+_OF_OTHER_MODELS = re.compile("^(pixel|image|video|audio|input_(features|values))|_grid_thw$|token_type_ids$")
 # The limit that `pipeline("text-generation")` adds to each call whose user, and whose checkpoint, name none.
 PIPELINE_ADDS = {"max_new_tokens": 256}
 # Arguments of transformers' `generate` that are no options of a config.
@@ -213,13 +214,23 @@ def sort_keywords(
         elif name in of_forward:
             call.to_model[name] = value
         else:
-            near = difflib.get_close_matches(name, [*own, *defaults, *of_forward], n=1)
-            hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
-            raise TypeError(f"{method} has no keyword {name!r}: {hint}")
+            raise _unknown(name, [*own, *defaults, *of_forward], method, model)
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
     call.from_pipeline = _added_by_a_pipeline(model, call.options)
     return call
+
+
+def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeError:
+    """The refusal of a keyword that nothing here reads."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not _OF_OTHER_MODELS.search(name) or (near and _OF_OTHER_MODELS.search(near[0])):
+        hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
+        return TypeError(f"{method} has no keyword {name!r}: {hint}")
+    return TypeError(
+        f"{name!r} is an input of other models, and {type(model).__name__}'s forward does not take it: leave it "
+        "out, or take a model that reads it"
+    )
 
 
 def _added_by_a_pipeline(model: Any, options: dict[str, Any]) -> set[str]:

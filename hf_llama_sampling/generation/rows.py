@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import beside_tokens, lay_out_beside_tokens
 from .loop import Finished, LoopState, run_loop
 from .options import Call
 from .plan import Plan
@@ -61,6 +62,7 @@ def run_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) 
 def _refuse_for_parts(call: Call) -> None:
     """Refuse what goes with one run: a streamer, a time, a cache, inputs beside the ids."""
     beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == CACHE_NAME]
+    beside += beside_tokens(call.to_model)
     names = [name for name in ("streamer",) if call.to_loop.get(name) is not None]
     names += [name for name in ("max_time",) if call.options.get(name) is not None]
     for name in names + beside:
@@ -118,8 +120,9 @@ def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_k
     The reference then scores each token under the logits of its own column instead of the column before
     (facebookresearch/llama, ``llama/generation.py``, ``if min_prompt_len == total_len``).
     """
-    ids, _ = plan.layout()
-    scorer = prefill_only(model, generate, ids, ids, plan.top_logprobs, plan.chunk_bytes, model_kwargs)
+    ids, mask = plan.layout()
+    given = lay_out_beside_tokens(model_kwargs, mask)
+    scorer = prefill_only(model, generate, ids, ids, plan.top_logprobs, plan.chunk_bytes, given)
     columns = scorer.scores(plan.offsets)
     whole = slice(0, plan.start)
     scores = [unshifted_row_scores(columns, row, whole) for row in range(len(plan.prompts))]

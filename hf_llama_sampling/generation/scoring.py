@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from ..checks import nonfinite
 from .adapters import soft_prompts_of
-from .inputs import right_padded
+from .inputs import beside_tokens, lay_out_beside_tokens, right_padded
 from .model_info import device_of, vocab_size_of
 from .probe import Probe
 
@@ -218,7 +218,10 @@ def score_prompts(
     ids, mask = (tensor.to(device_of(model)) for tensor in right_padded(prompts))
     columns = unscored(len(prompts), 1, top, ids.device)
     if ids.shape[1] > 1:
-        scorer = prefill_only(model, generate, ids[:, :-1], ids[:, 1:], top, chunk_bytes, model_kwargs)
+        given = lay_out_beside_tokens(model_kwargs or {}, mask)
+        # What stands beside the ids, such as an image, goes with all of them; else the last need not be read.
+        read = ids if given else ids[:, :-1]
+        scorer = prefill_only(model, generate, read, ids[:, 1:], top, chunk_bytes, given)
         columns = concatenate([columns, scorer.scores([0] * len(prompts), mask[:, 1:])])
     return [row_scores(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]
 
@@ -230,16 +233,16 @@ def prefill_only(
     targets: Tensor,
     top: int,
     chunk_bytes: int,
-    model_kwargs: dict[str, Any] | None,
+    model_kwargs: dict[str, Any],
 ) -> PromptScorer:
     """Let transformers' loop prefill `input_ids` (B, T) for one token that nobody reads, and score `targets` (B, T)."""
-    chunk = chunk_of(model, generate, input_ids, chunk_bytes)
+    chunk = chunk_of(model, generate, input_ids, chunk_bytes, whole=bool(beside_tokens(model_kwargs)))
     scorer = PromptScorer(
         type(model).__name__, targets, columns=input_ids.shape[1], chunk=chunk, top=top, chunk_bytes=chunk_bytes
     )
     config = GenerationConfig(do_sample=False, max_new_tokens=1, prefill_chunk_size=chunk)
     mask = torch.ones_like(input_ids)
-    generate(input_ids, attention_mask=mask, generation_config=config, observer=scorer, **(model_kwargs or {}))
+    generate(input_ids, attention_mask=mask, generation_config=config, observer=scorer, **model_kwargs)
     return scorer
 
 
@@ -252,16 +255,25 @@ def refuse_without_order(model: Any, probe: Probe) -> None:
         )
 
 
-def chunk_of(model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_bytes: int) -> int | None:
+def chunk_of(
+    model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_bytes: int, *, whole: bool = False
+) -> int | None:
     """Columns of one forward where prompts (B, T) do not fit the budget at once, else None.
 
+    `whole`: whether tokens may see what follows them, so that a part is not what it is in the whole.
+
     Raises:
-        ValueError: the model cannot read a text in chunks.
+        ValueError: the text cannot be read in chunks.
     """
     batch, width = input_ids.shape
     columns = columns_per_chunk(batch, vocab_size_of(model), chunk_bytes)
     if columns >= width:
         return None
+    if whole:
+        raise ValueError(
+            "token types may let tokens of an image see each other, so a text is not read in parts beside them: raise "
+            f"chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}"
+        )
     if not Probe(model, generate).reads_in_chunks(width):
         raise ValueError(needs_one_chunk(model, batch, width))
     return columns

@@ -142,7 +142,7 @@ REFUSED = {
     "eos outside": ({"eos_token_id": 1024}, ValueError, ["eos_token_id", "from 0 to 1023", "got 1024"]),
     "eos negative": ({"eos_token_id": [2, -1]}, ValueError, ["eos_token_id", "got -1"]),
     "eos as text": ({"eos_token_id": "</s>"}, TypeError, ["eos_token_id must be an int", "'</s>'"]),
-    "token_type_ids": ({"token_type_ids": torch.zeros(2, 3)}, ValueError, ["token_type_ids", "leave it out"]),
+    "token_type_ids": ({"token_type_ids": torch.zeros(2, 3)}, TypeError, ["token_type_ids", "leave it out"]),
     "assistant": ({"assistant_model": "x"}, ValueError, ["assistant_model", "transformers' own model class"]),
     "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 2, 192)}, ValueError, ["inputs_embeds", "pass token ids"]),
     "unknown keyword": ({"temprature": 0.6}, TypeError, ["no keyword 'temprature'", "temperature"]),

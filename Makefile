@@ -7,8 +7,7 @@ WORKERS := --numprocesses logical --maxprocesses 8 --dist loadgroup
 .PHONY: demo test test-fast test-long test-processors soak structure benchmarks wheel-test matrix test-neighbours clean
 
 demo: .venv/installed
-	$(BIN)/hf-llama-sampling complete --seed 1 --max-gen-len 40 --logprobs "ROMEO:" "First Citizen:"
-	$(BIN)/hf-llama-sampling parity --quick
+	$(BIN)/python examples/demo.py build/demo
 
 test: .venv/tests
 	$(BIN)/ruff check
@@ -53,7 +52,7 @@ benchmarks: .venv/tests
 
 .venv/installed: pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable ".[report]"
 	touch $@
 
 .venv/tests: .venv/installed

@@ -43,6 +43,7 @@ _LEAST = {
     "window": 1,
     "top_logprobs": 0,
     "num_fewshot": 0,
+    "stride": 1,
 }
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -73,6 +74,8 @@ def complete(arguments: argparse.Namespace) -> int:
     """Complete prompts and print them."""
     prompts = _prompts(arguments)
     llama = _load(arguments)
+    from .evaluation.terminal import coloured_answer, write_coloured
+
     with progress(arguments.max_gen_len) as streamer:
         answers = llama.text_completion(
             prompts,
@@ -91,9 +94,11 @@ def complete(arguments: argparse.Namespace) -> int:
             continue
         if len(prompts) > 1:
             write(f"{'' if row == 0 else chr(10)}--- prompt {row + 1}: {prompt}")
-        write(answer["generation"])
         if arguments.logprobs:
+            write_coloured(coloured_answer(answer["generation"], answer["tokens"], answer["logprobs"]))
             write_logprobs(answer["tokens"], answer["logprobs"])
+        else:
+            write(answer["generation"])
     return 0
 
 
@@ -192,6 +197,37 @@ def parity(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def score(arguments: argparse.Namespace) -> int:
+    """Print how probable a model finds each token of given texts, and their perplexities; write the HTML page."""
+    check_stdout("score")
+    with exit_on_interrupt():
+        from .evaluation.page import check_target, page, write_page
+        from .evaluation.perplexity import score_texts, total
+        from .evaluation.terminal import write_scores
+
+    kept = [*arguments.files, 0, 1]  # files, standard input and output
+    target = None if arguments.html is None else check_target(arguments.html, kept)
+    files = arguments.files or ["-"]
+    if "-" in files and on_terminal(sys.stdin):
+        say("A text; Ctrl-D ends it.")
+    texts = [("standard input" if file == "-" else file, read_file(file)) for file in files]
+    how = {name: getattr(arguments, name) for name in ("bos", "max_seq_len", "stride", "top_logprobs")}
+    scored = score_texts(_load(arguments), texts, **how)
+    if target is not None:
+        model = "tiny_llama (bundled)" if arguments.model == BUNDLED else str(arguments.model)
+        write_page(check_target(arguments.html, kept), page(scored, model))
+    if arguments.json:
+        for text in scored:
+            write_json(text.record())
+        if len(scored) > 1:
+            write_json({"total": total(scored).record()})
+    else:
+        write_scores(scored)
+    if target is not None:
+        (say if arguments.json else write)(f"page written to {target}")
+    return 0
+
+
 def lm_eval(arguments: argparse.Namespace) -> int:
     """Run lm-evaluation-harness with this package's model class, and print its table."""
     check_stdout("lm-eval")
@@ -253,6 +289,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     if getattr(arguments, "seeds", None) is not None:
         seeds_as_given(arguments.seeds)
+    if not isinstance(getattr(arguments, "bos", None), bool | None):
+        check_int("bos", arguments.bos, least=0)
     if "" in getattr(arguments, "stop", []):
         raise ValueError("a stop string must hold at least one character, got an empty one")
     for prompt in getattr(arguments, "prompts", []):
@@ -275,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-llama-sampling {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for add in (_add_complete, _add_chat, _add_batch, _add_parity, _add_lm_eval):
+    for add in (_add_complete, _add_chat, _add_batch, _add_score, _add_parity, _add_lm_eval):
         add(commands)
     return parser
 
@@ -340,6 +378,57 @@ def _add_batch(commands: Any) -> None:
     _batch_options(sub)
     _model_options(sub, compat=False)
     _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
+
+
+def _add_score(commands: Any) -> None:
+    sub = _command(
+        commands,
+        "score",
+        score,
+        "print how probable a model finds given texts: perplexity per token, word and byte",
+        "On a terminal each token has the colour of its probability (extra report). Words, bytes and the first token "
+        "count as in lm-evaluation-harness.",
+    )
+    sub.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help='texts in UTF-8, each without the line end at its end; "-", or no name, for standard input',
+    )
+    sub.add_argument(
+        "--html", metavar="PAGE", help="write a page that shows each token's alternatives; replaces only such pages"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print one JSON object per text and line, and one of their sum"
+    )
+    sub.add_argument(
+        "--top-logprobs", type=int, default=5, metavar="K", help="most probable tokens to keep (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="how far the window of --max-seq-len tokens moves over a longer text (default: half of it)",
+    )
+    sub.add_argument(
+        "--bos",
+        nargs="?",
+        type=_bos,
+        const=True,
+        metavar="ID",
+        help="the token before each text, so that its first one is scored: an id, or none; without a value the "
+        "tokenizer's BOS (default: BOS, or EOS where there is none)",
+    )
+    _model_options(sub, compat=False)
+    sub.set_defaults(seed=1)
+
+
+def _bos(text: str) -> int | bool:
+    """An id; False for none."""
+    try:
+        return False if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an id or none, got {text!r}") from None
 
 
 def _add_parity(commands: Any) -> None:

@@ -130,7 +130,7 @@ def read_file(path: str) -> str:
         ValueError: it cannot be read, or is not UTF-8.
     """
     try:
-        content = _stdin().buffer.read() if path == "-" else Path(path).read_bytes()
+        content = _stdin_bytes() if path == "-" else Path(path).read_bytes()
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"the file {path!r} cannot be read: {error.strerror}: check the path") from error
@@ -139,10 +139,12 @@ def read_file(path: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _stdin() -> Any:
+def _stdin_bytes() -> bytes:
+    """All of standard input; a stand-in for it may hold text alone."""
     if sys.stdin is None:
         raise ValueError("standard input is closed: open it, or name a file")
-    return sys.stdin
+    raw: Any = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read().encode() if raw is None else bytes(raw.read())
 
 
 def _wrong_encoding(name: str, error: UnicodeDecodeError) -> ValueError:

@@ -56,8 +56,15 @@ MARKER_OF_FIXTURE = {
     "launch": "launches",
     "ranks": "launches",
     "small_disk": "launches",
+    "browser": "launches",
 }
-GROUP_OF_FIXTURE = {"weights": "weights", "weights_file": "weights", "launch": "launch", "ranks": "ranks"}
+GROUP_OF_FIXTURE = {
+    "weights": "weights",
+    "weights_file": "weights",
+    "launch": "launch",
+    "ranks": "ranks",
+    "browser": "browser",
+}
 MAY_LAUNCH = ("launches", "trains", "builds", "weights")
 # Folders whose tests compare numbers: with the plain loop, another schedule, recorded answers.
 EXACT_FOLDERS = ("sampling", "generation", "evaluation", "families")

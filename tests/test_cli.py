@@ -17,6 +17,7 @@ from hf_llama_sampling.cli import BUNDLED, main
 from hf_llama_sampling.llama.loading import load_model
 from hf_llama_sampling.llama.placement import choose_placement
 from tests.llama.test_checkpoint import llama, write
+from tests.test_console import Terminal
 
 
 def run(*arguments, stdin=""):
@@ -76,6 +77,14 @@ NEVER_LOADED = [
     (["complete", "x", "--stop", ""], "a stop string must hold at least one character"),
     (["chat", "--stop", ""], "a stop string must hold at least one character"),
     (["parity", "--device", "cuda:77"], "'cuda:77' asks for a cuda device"),
+    (["score", "/nowhere/at/all"], "cannot be read"),
+    (["score", "x", "--stride", "0"], "stride must be at least 1, got 0"),
+    (["score", "x", "--max-seq-len", "0"], "max_seq_len must be at least 1, got 0"),
+    (["score", "x", "--top-logprobs", "-1"], "top_logprobs must be at least 0, got -1"),
+    (["score", "x", "--bos", "-1"], "bos must be at least 0, got -1"),
+    (["score", "x", "--html", "/nowhere/at/all.html"], "is not there: make it, or name another"),
+    (["score", "x", "--html", "-"], "the page needs a file of its own"),
+    (["score", __file__, "--html", __file__], "must not overwrite what is read"),
     (["batch", "-", "-", "--temperature", "-1"], "temperature"),
     (["batch", "-", "-", "--top-p", "2"], "top_p"),
     (["batch", "-", "-", "--max-gen-len", "-1"], "max_gen_len must be at least 0"),
@@ -219,7 +228,7 @@ def test_batch_says_what_its_seed_is(capsys):
     assert "each record draws from a stream of its own" in said and "torch's generator" not in said
 
 
-@pytest.mark.parametrize("command", ["complete", "chat", "batch", "parity"])
+@pytest.mark.parametrize("command", ["complete", "chat", "batch", "score", "parity"])
 def test_help_names_every_option(capsys, command):
     """`--help` needs no model and explains each option."""
     with pytest.raises(SystemExit) as stop:
@@ -406,6 +415,66 @@ def test_complete_with_seeds_and_stop_strings(capsys):
     assert main(["complete", "ROMEO:", "--seeds", "5", "--stop", "zzz", "--stop", "are", *options]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["generation"] == together[0]["generation"].partition("are")[0] and answer["stop_reason"] == "are"
+
+
+def test_score_prints_text_and_perplexities(capsys, tmp_path):
+    """Each text as it stands, its figures, the sum of several; nothing else on standard output, and no page."""
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, text in zip(files, ("ROMEO:\nBut soft\n", "The king is dead."), strict=True):
+        file.write_text(text)
+    assert main(["score", str(files[0])]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("ROMEO:\nBut soft\n\ntokens ") and "perplexity per word" in printed
+    assert main(["score", *map(str, files), "--json", "--top-logprobs", "2"]) == 0
+    one, other, both = map(json.loads, capsys.readouterr().out.splitlines())
+    assert one["file"] == str(files[0]) and one["num_bytes"] == 15 and one["num_words"] == 3
+    assert f"perplexity per token  {one['perplexity']:.4f}\n" in printed
+    assert both["total"]["num_tokens"] == one["num_tokens"] + other["num_tokens"]
+    assert both["total"]["logprob"] == pytest.approx(one["logprob"] + other["logprob"])
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_score_reads_standard_input_and_writes_a_page(capsys, monkeypatch, tmp_path):
+    """Without a file, or as "-"; with --json the page is named on standard error, and standard output is JSON alone."""
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The king")))
+        assert main(["score", *arguments, "--json", "--html", str(tmp_path / "page.html")]) == 0
+        streams = capsys.readouterr()
+        assert json.loads(streams.out)["file"] == "standard input"
+        assert streams.err == f"page written to {tmp_path / 'page.html'}\n"
+    assert "standard input" in (tmp_path / "page.html").read_text()
+
+
+def test_score_never_counts_the_first_token_as_certain(capsys, monkeypatch):
+    """Scored after BOS or another id, or null and not counted: never 0.0."""
+    seen = {}
+    for name, bos in (("own", ["--bos"]), ("default", []), ("id", ["--bos", "13"]), ("none", ["--bos", "none"])):
+        monkeypatch.setattr("sys.stdin", io.StringIO("The king"))
+        assert main(["score", "--json", *bos]) == 0
+        seen[name] = json.loads(capsys.readouterr().out)
+    assert seen["own"] == seen["default"] and seen["own"]["logprobs"][0] < 0 and seen["id"]["logprobs"][0] < 0
+    assert seen["none"]["logprobs"][0] is None and seen["none"]["num_scored"] == seen["own"]["num_scored"] - 1
+
+
+def test_score_slides_a_window(capsys, monkeypatch):
+    """A text longer than the limit is scored whole; a stride as long as the window is refused."""
+    long = "To be, or not to be: that is the question. " * 8
+    monkeypatch.setattr("sys.stdin", io.StringIO(long))
+    assert main(["score", "--json", "--max-seq-len", "32"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["num_scored"] == record["num_tokens"] > 64
+    monkeypatch.setattr("sys.stdin", io.StringIO(long))
+    assert main(["score", "--max-seq-len", "32", "--stride", "32"]) == 2
+    assert "stride must be below the window's 32 tokens" in capsys.readouterr().err
+
+
+def test_complete_colours_its_answers_on_a_terminal(monkeypatch):
+    """The text by probability where logprobs are asked for, and plain where not."""
+    for asked, colours in (["--logprobs"], True), ([], False):
+        monkeypatch.setattr("sys.stdout", Terminal())
+        monkeypatch.setenv("TERM", "xterm-256color")
+        assert main(["complete", "ROMEO:", "--seed", "1", "--max-gen-len", "12", *asked]) == 0
+        assert ("\x1b[" in sys.stdout.getvalue()) == colours
 
 
 def test_chat_with_stop_strings(capsys, monkeypatch):

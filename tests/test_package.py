@@ -141,6 +141,7 @@ def test_wheel_carries_the_model_and_the_types(wheel):
     assert "hf_llama_sampling/py.typed" in names
     assert "hf_llama_sampling/tiny_llama/model.safetensors" in names
     assert "hf_llama_sampling/tiny_llama/tokenizer.model" in names
+    assert {"hf_llama_sampling/evaluation/page.css", "hf_llama_sampling/evaluation/page.js"} <= set(names)
     assert {name.partition("/")[0] for name in names} == {
         "hf_llama_sampling",
         f"hf_llama_sampling-{hf_llama_sampling.__version__}.dist-info",

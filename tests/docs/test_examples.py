@@ -37,7 +37,7 @@ PRINTED = {
     "chat_template.py": "user: And London? (",
     "evaluate.py": "who_speaks: accuracy 0.5, standard error 0.50",
 }
-TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py", "ray_batch.py"]
+TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py", "ray_batch.py", "demo.py"]
 HARNESS = ["evaluate.py"]  # importing it asks git for a version
 
 

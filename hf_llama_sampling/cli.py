@@ -559,6 +559,13 @@ def _batch_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window", type=int, default=WINDOW, metavar="N", help="records sorted together (default: %(default)s)"
     )
+    group.add_argument(
+        "--engine",
+        choices=["batches", "continuous"],
+        default="batches",
+        help="continuous lets the next record in when one is done; --batch-size then bounds the records in flight, and "
+        "--batch-tokens the cache (default: %(default)s)",
+    )
     group.add_argument("--strict", action="store_true", help="stop at the first record that is wrong")
     group.add_argument(
         "--existing",

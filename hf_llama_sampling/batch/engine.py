@@ -6,6 +6,7 @@ This module reads no records and writes no files, and never looks at logits.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -64,20 +65,34 @@ class Engine:
         for row, request in enumerate(batch):
             start = len(request.prompt) if settings.prompt_logprobs else 0
             tokens = made.tokens[row][start:]
-            fields = {
-                "generation": self.llama.text_of(tokens),
-                "tokens": tokens,
-                "finish_reason": made.finish_reason[row],
-                "seed": request.seed,
-            }
-            if settings.logprobs:
-                fields["logprobs"] = made.logprobs[row][start:]
+            more: dict[str, Any] = {}
             if settings.top_logprobs:
-                fields["top_logprobs"] = made.top_logprobs[row][start:]
+                more["top_logprobs"] = made.top_logprobs[row][start:]
             if settings.prompt_logprobs:
-                fields |= {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
-            responses.append(respond(request, fields, len(tokens)))
+                more |= {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
+            logprobs = made.logprobs[row][start:] if settings.logprobs else None
+            responses.append(respond_with_tokens(self.llama, request, tokens, made.finish_reason[row], logprobs, more))
         return responses
+
+
+def respond_with_tokens(
+    llama: Llama,
+    request: Request,
+    tokens: list[int],
+    finish_reason: str,
+    logprobs: list[float] | None,
+    more: dict[str, Any] | None = None,
+) -> Response:
+    """The response to a request that these tokens complete; `more` fields come last."""
+    fields = {
+        "generation": llama.text_of(tokens),
+        "tokens": tokens,
+        "finish_reason": finish_reason,
+        "seed": request.seed,
+    }
+    if logprobs is not None:
+        fields["logprobs"] = logprobs
+    return respond(request, {**fields, **(more or {})}, len(tokens))
 
 
 class OutOfMemoryBackoff:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from accelerate import PartialState
 
@@ -27,6 +27,7 @@ from ..defaults import BATCH_SIZE, BATCH_TOKENS, SEED, TEMPERATURE, TOP_P, WINDO
 from ..generation.model_info import vocab_size_of
 from ..llama.llama import Llama
 from ..sampling.settings import SamplingSettings
+from .continuous import ContinuousEngine
 from .engine import Engine, OutOfMemoryBackoff
 from .fingerprint import fingerprint
 from .ordering import batches, cost
@@ -40,6 +41,7 @@ from .store import Existing, RunDirectory, Summary, describe_changes
 logger = logging.getLogger(__name__)
 
 STREAM = "-"
+EngineName = Literal["batches", "continuous"]
 
 
 def run(
@@ -61,6 +63,7 @@ def run(
     batch_size: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     window: int = WINDOW,
+    engine: EngineName = "batches",
     strict: bool = False,
     existing: Existing = "check",
 ) -> Summary:
@@ -105,6 +108,9 @@ def run(
         batch_size: most rows in a batch; `llama.max_batch_size` if not given, or else 32.
         batch_tokens: most tokens in a batch: rows x (longest prompt + most new tokens). One row may have more.
         window: how many records are ordered together: prompts that share a prefix meet in a batch, of like lengths.
+        engine: how requests meet: `"batches"`, each of which is done when its last row is, or `"continuous"`, where a
+            row that is done makes room for the next (transformers 5.23). Then `batch_size` bounds the rows in flight,
+            and `batch_tokens` the cache.
         strict: whether to stop at the first wrong record.
         existing: what to do about an output that is there already, finished or not. `"check"` takes up or leaves alone
             what the same input and settings made and refuses anything else, `"reuse"` keeps the answers of unchanged
@@ -137,8 +143,9 @@ def run(
         fields=FieldNames(prompt_field, id_field, keep_fields),  # type: ignore[arg-type]  # a list becomes a tuple
     )
     check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(llama.model))
+    check_choice("engine", engine, ("batches", "continuous"))
     limits = BatchLimits(_rows(llama, batch_size), batch_tokens, window)
-    job = Job(llama, settings, limits, check_bool("strict", strict), process_state())
+    job = Job(llama, settings, limits, check_bool("strict", strict), process_state(), engine)
     job.check(input, output)
     directory = None if str(output) == STREAM else RunDirectory(output)
     with _open_input(input, directory) as file:
@@ -167,6 +174,7 @@ class Job(NamedTuple):
     limits: BatchLimits
     strict: bool
     state: PartialState
+    engine: EngineName = "batches"
 
     def check(self, input: object, output: object) -> None:
         """Refuse what several processes cannot do."""
@@ -203,7 +211,7 @@ class Worker:
         recorded = {**fingerprint(job.llama), **job.settings.as_dict()}
         self.index = InputIndex(file, self.reader, recorded)
         self.manifest = {"settings": recorded, "input": self.index.description}
-        self.backoff = OutOfMemoryBackoff(Engine(job.llama, job.settings).run)
+        self.answers = _answers(job)
         self.told: set[str] = set()
 
     def work(self, done: bytearray, keep: Callable[[Sequence[Response]], None], progress: Progress) -> None:
@@ -233,11 +241,13 @@ class Worker:
             if wrong and state.is_main_process:
                 self._put(wrong, keep, progress)
             whole_tree = self.job.settings.score
+            mine = []
             for batch in batches(requests, rows=limits.rows, tokens=limits.tokens, whole_tree=whole_tree):
                 batch = [request for request in batch if not done[request.index]]
                 if batch and schedule.assign(cost(batch)) == state.process_index:
-                    for responses in self.backoff.responses(batch):
-                        self._put(responses, keep, progress)
+                    mine.append(batch)
+            for responses in self.answers(mine):
+                self._put(responses, keep, progress)
 
     def _read(self, start: int, lines: list[bytes]) -> tuple[list[Request], list[Response]]:
         """A window's requests, and the responses to its wrong records."""
@@ -261,6 +271,14 @@ class Worker:
                 logger.warning("line %d: %s", response.index + 1, response.error)
         keep(responses)
         progress.add(responses)
+
+
+def _answers(job: Job) -> Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]:
+    """What answers batches, by the engine that was asked for."""
+    backoff = OutOfMemoryBackoff(Engine(job.llama, job.settings).run)
+    if job.engine == "continuous":
+        return ContinuousEngine(job.llama, job.settings, job.limits, backoff.responses).responses
+    return lambda batches: (responses for batch in batches for responses in backoff.responses(batch))
 
 
 def _strict_message(response: Response) -> str:
@@ -433,6 +451,7 @@ def _run_with(
         batch_size=arguments.batch_size,
         batch_tokens=arguments.batch_tokens,
         window=arguments.window,
+        engine=arguments.engine,
         strict=arguments.strict,
         existing=arguments.existing,
     )

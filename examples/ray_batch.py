@@ -30,10 +30,10 @@ class Answers:
 
 def main(name: str, asked: str, answered: str, actors: str = "1") -> None:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    records = ray.data.read_text(asked).repartition(2 * int(actors))  # on GPUs: map_batches(..., num_gpus=1)
-    answers = records.map_batches(
-        Answers, fn_constructor_args=(name,), batch_size=64, compute=ray.data.ActorPoolStrategy(size=int(actors))
-    )
+    records = ray.data.read_text(asked, override_num_blocks=2 * int(actors))
+    pool = ray.data.ActorPoolStrategy(size=int(actors))
+    # On GPUs, num_gpus=1 in place of num_cpus. Half a CPU each leaves some for the tasks that read.
+    answers = records.map_batches(Answers, fn_constructor_args=(name,), batch_size=64, compute=pool, num_cpus=0.5)
     with open(answered, "w", encoding="utf-8") as file:
         file.writelines(f"{row['text']}\n" for row in answers.iter_rows())
 

@@ -157,7 +157,7 @@ def test_wheel_says_what_it_is(wheel):
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert {"gguf", "lm-eval", "ray"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"gguf", "lm-eval", "ray", "report"} <= set(metadata.get_all("Provides-Extra"))
     assert metadata.get_all("Project-URL") and metadata["Summary"] and metadata["Keywords"]
     lowest = metadata["Requires-Python"].removeprefix(">=")
     assert f"Programming Language :: Python :: {lowest}" in metadata.get_all("Classifier")

@@ -301,7 +301,7 @@ def _check_soft_prompts(model: Any, call: Call) -> None:
     if soft_prompts is None:
         return
     asked = [name for name in sorted(CACHING) if call.options.get(name)]
-    asked += ["past_key_values"] if call.to_model.get("past_key_values") is not None else []
+    asked += [CACHE_NAME] if call.to_model.get(CACHE_NAME) is not None else []
     if call.options.get("use_cache") is False and keeps_soft_prompts_in_cache(soft_prompts):
         asked.append("use_cache=False")
     for name in asked:

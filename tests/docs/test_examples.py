@@ -24,6 +24,7 @@ ARGUMENTS = {
     "offload.py": [TINY],
     "chat_template.py": ["a model with a template"],
     "evaluate.py": [TINY],
+    "streaming_logprobs.py": [TINY],
 }
 PRINTED = {
     "text_completion.py": "The king is\n> ",
@@ -35,6 +36,7 @@ PRINTED = {
     "continuous_batching.py": "JULIET's lines are those of generate: True",
     "offload.py": "787,200 of 1,771,200 weights are on the disk",
     "chat_template.py": "user: And London? (",
+    "streaming_logprobs.py": "'\\n' -0.02\n",
     "evaluate.py": "who_speaks: accuracy 0.5, standard error 0.50",
 }
 TESTED_ELSEWHERE = ["train_tiny_llama.py", "plot_sampling.py", "ray_batch.py", "demo.py"]

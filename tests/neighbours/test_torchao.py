@@ -49,7 +49,7 @@ def test_greedy_tokens_are_transformers_own(quantized):
         plain = super(type(quantized).__mro__[1], copy.copy(quantized)).generate(
             torch.tensor([prompt]), generation_config=config
         )
-        ours = quantized.generate([prompt], max_gen_len=6, temperature=0, eos_token_id=[])
+        ours = quantized.generate([prompt], max_gen_len=6, temperature=0)
         assert ours.sequences.tolist() == plain.tolist()
 
 

@@ -25,7 +25,7 @@ class Heard(LlamaForCausalLM):
 @pytest.mark.filterwarnings("ignore")  # the libraries that TRL imports warn on their own account
 @pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
 def test_a_training_step_takes_its_rollouts_from_our_generate(tmp_path, tiny_tokenizer, trainer):
-    """LLAMA2's rule with the trainer's settings, equal to the rows that generate gives by itself; weights move."""
+    """The trainer's temperature, top_p and limit reach our generate, the loss is finite, and the weights move."""
     import datasets
     import trl
     from transformers import AutoTokenizer

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .generation.mixin import with_llama_generation as with_llama_generation
     from .generation.outputs import LlamaGenerateOutput as LlamaGenerateOutput
     from .generation.outputs import LlamaScoreOutput as LlamaScoreOutput
+    from .generation.prompt_cache import PromptCache as PromptCache
     from .llama.dialog import Dialog as Dialog
     from .llama.dialog import Message as Message
     from .llama.dialog import Role as Role
@@ -31,6 +32,7 @@ _HOMES = {
     "generation.continuations": ["LlamaContinuationOutput"],
     "generation.mixin": ["LlamaForCausalLM", "LlamaGenerationMixin", "with_llama_generation"],
     "generation.outputs": ["LlamaGenerateOutput", "LlamaScoreOutput"],
+    "generation.prompt_cache": ["PromptCache"],
     "llama.infilling": ["InfillingPrediction"],
     "llama.llama": ["ChatPrediction", "CompletionPrediction", "Llama"],
     "llama.tokenizer": ["Tokenizer"],

@@ -31,6 +31,7 @@ SURFACE = [
     "LlamaTemperatureLogitsWarper",
     "LlamaTopPLogitsWarper",
     "Message",
+    "PromptCache",
     "Role",
     "Tokenizer",
     "sample_top_p",

@@ -6,8 +6,10 @@ states, a model's own class) are left alone. What this module does not do: it de
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers.cache_utils as cache_utils
 from torch import Tensor
 from transformers import DynamicCache
@@ -18,6 +20,9 @@ _GROWING = tuple(
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
     if hasattr(cache_utils, name)
 )
+
+LayerStates = list[tuple[Tensor, Tensor] | None]
+"""Keys and values of one row, (1, heads, T, size) each, of every layer; None for a layer that has none."""
 
 
 def can_be_shared(cache: Any) -> bool:
@@ -70,6 +75,41 @@ def lay_out(cache: Any, places: Tensor, config: Any) -> Any:
         )  # (B, heads, T, size)
         laid_out.update(keys, values, index)
     return laid_out
+
+
+def row_states(cache: Any, row: int, span: slice) -> LayerStates:
+    """A row's keys and values in some columns: views of a cache's tensors, which `update` does not write to."""
+    kept = [_tensors(layer) for layer in cache.layers]
+    return [(pair[0][row : row + 1, :, span], pair[1][row : row + 1, :, span]) if pair else None for pair in kept]
+
+
+def join_rows(rows: Sequence[LayerStates], offsets: Sequence[int], columns: int, config: Any) -> Any:
+    """A cache of so many columns, (len(rows), heads, columns, size) a layer, of texts that were read one by one.
+
+    Args:
+        rows: each row's states, those of the columns that it fills at least.
+        offsets: the column in which each row's text begins; before it stand zeros, which a mask must hide.
+        columns: T.
+        config: the model's; layers with a sliding window take what it covers.
+    """
+    joined = DynamicCache(config=config)
+    for index, layer in enumerate(zip(*rows, strict=True)):
+        pairs = [pair for pair in layer if pair is not None]
+        if pairs:
+            keys, values = (
+                [_placed(pair[which], offset, columns) for pair, offset in zip(pairs, offsets, strict=True)]
+                for which in (0, 1)
+            )
+            several = len(rows) > 1
+            joined.update(*(torch.cat(parts) if several else parts[0] for parts in (keys, values)), index)
+    return joined
+
+
+def _placed(states: Tensor, offset: int, columns: int) -> Tensor:
+    """(1, heads, columns, size): states (1, heads, T, size) from a column on."""
+    shown = states[..., : max(0, columns - offset), :]
+    missing = columns - shown.shape[-2]
+    return torch.nn.functional.pad(shown, (0, 0, missing, 0)) if missing else shown
 
 
 def drop_last(cache: Any, columns: int) -> Any:

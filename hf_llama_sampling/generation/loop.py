@@ -24,9 +24,10 @@ from .inputs import beside_tokens, lay_out_beside_tokens
 from .model_info import forget_longer_texts, length_limit
 from .options import CACHING, FOR_THE_LOOP, Call
 from .plan import Plan
-from .releases import CACHE_NAME
+from .prompt_cache import ReadTexts
+from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
-from .sharing import share_prefill
+from .sharing import leaves_cache, share_prefill
 
 NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
 _HANDED_ON = ("synced_gpus", "streamer")
@@ -159,6 +160,12 @@ def row_stops(plan: Plan, state: LoopState, sequences: Tensor) -> list[int]:
     return stops
 
 
+def row_spans(plan: Plan, stops: list[int], width: int) -> list[slice]:
+    """The columns of each row's text in a run of so many columns, its EOS included."""
+    ends = [min(end, stop, width) for end, stop in zip(plan.ends.tolist(), stops, strict=True)]
+    return [slice(offset, end) for offset, end in zip(plan.offsets, ends, strict=True)]
+
+
 def refuse_nonfinite(plan: Plan, state: LoopState, steps: int) -> None:
     """After a run off the CPU, raise if the logits of one of its steps held nan or inf."""
     for step, probe in enumerate(torch.stack(state.probes).tolist()[:steps] if state.probes else []):
@@ -190,7 +197,9 @@ class Finished:
     extras: dict[str, Any]  # logits, attentions, hidden states and the cache, where transformers gives them
 
 
-def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
+def run_loop(
+    model: Any, generate: Callable[..., Any], plan: Plan, call: Call, texts: ReadTexts | None = None
+) -> Finished:
     """Let transformers' loop run a plan, with the prompts' scores where the answer echoes them.
 
     Args:
@@ -198,6 +207,7 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
         generate: transformers' own `generate` of that model, which takes an `observer`.
         plan: what to do.
         call: the keywords that go to the loop and to the model.
+        texts: what earlier calls have read; what this run reads is added.
 
     Raises:
         ValueError: a cache in the call does not fit the prompts, or logits hold nan or inf.
@@ -218,7 +228,7 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
         elif plan.start > 1:
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
-    shared = share_prefill(model, generate, plan, call, scored=scorer is not None)
+    shared = share_prefill(model, generate, plan, call, scored=scorer is not None, texts=texts)
     if shared is not None:
         arguments[CACHE_NAME] = shared.cache
         if scorer is not None:
@@ -234,6 +244,8 @@ def run_loop(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -
     refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
     stops = row_stops(plan, state, output.sequences)
     leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)
+    if texts is not None and leaves_cache(call):
+        texts.add(cache_in(output), output.sequences, row_spans(plan, stops, output.sequences.shape[1]))
     # Attentions of a ragged batch in the reference schedule do not line up with rows, so omit them.
     lines_up = plan.padded or not plan.ragged
     extras = {name: output[name] for name in _EXTRAS if lines_up and output.get(name) is not None}

@@ -25,6 +25,7 @@ from .options import resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Request, make_plan
 from .probe import Probe
+from .prompt_cache import PromptCache, check_prompt_cache
 from .releases import check_release
 from .rows import run_parts, unshifted_rows
 from .schedule import Schedule
@@ -69,6 +70,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         compat: Compat = "fixed",
         chunk_bytes: int = CHUNK_BYTES,
         share_prefix: bool | None = None,
+        prompt_cache: PromptCache | None = None,
         **kwargs: Any,
     ) -> "LlamaGenerateOutput | Tensor":
         r"""Complete a batch of prompts as LLAMA2 does (facebookresearch/llama, ``llama/generation.py``).
@@ -102,6 +104,9 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 do where that saves more than it costs, unless `schedule="reference"` was asked for by name, which is
                 the reference bit for bit. The tokens are the same up to the rounding of the logits. Where a model's
                 caches do not allow it, nothing is shared.
+            prompt_cache ([`PromptCache`], *optional*): what earlier calls have read, for prompts that begin as those
+                did, and for what this call reads: pass the same object in each turn of a conversation. The tokens are
+                the same up to the rounding of the logits. With `echo` and `logprobs` prompts are read anew.
             kwargs: everything else that transformers' `generate` takes: `attention_mask`, `eos_token_id` (an id or a
                 list), `logits_processor`, `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`,
                 `num_return_sequences`, `repetition_penalty`, ...
@@ -122,6 +127,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             refuse_encoder_decoder(self)
             refuse_invocation_tokens(self)
             call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
+            prompt_cache = check_prompt_cache(prompt_cache, call.to_model)
             inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
             mask = call.to_model.pop("attention_mask", None)
             prompts = _read_prompts(self, inputs, mask, call.options)
@@ -156,7 +162,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 rows = unshifted_rows(self, loop, plan, call.to_model)
                 stream_prompts(plan.layout()[0], call)
             else:
-                rows, extras = run_parts(self, loop, plan, call)
+                rows, extras = run_parts(self, loop, plan, call, prompt_cache)
 
             # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
             sequences = sequences_of(rows, plan)

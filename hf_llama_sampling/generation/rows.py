@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .inputs import beside_tokens, lay_out_beside_tokens
-from .loop import Finished, LoopState, run_loop
+from .loop import Finished, LoopState, row_spans, run_loop
 from .options import Call
 from .plan import Plan
+from .prompt_cache import PromptCache, ReadTexts
 from .releases import CACHE_NAME
 from .scoring import (
     RowScores,
@@ -38,15 +39,18 @@ class Rows:
     top_logprobs: list[list[TopLogprobs]]
 
 
-def run_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> tuple[Rows, dict[str, Any]]:
+def run_parts(
+    model: Any, generate: Callable[..., Any], plan: Plan, call: Call, prompt_cache: PromptCache | None
+) -> tuple[Rows, dict[str, Any]]:
     """Run a plan, part by part where rows must not see each other; the rows in their order, and the loop's extras.
 
-    Extras of several parts do not line up, so there are none.
+    Extras of several parts do not line up, so there are none. A prompt cache gives what it holds, and takes what the
+    run has read if that comes to its end.
     """
     parts = plan.parts()
     if len(parts) > 1:
         _refuse_for_parts(call)
-    runs = [run_loop(model, generate, part, call) for part in parts]
+    runs = _run(model, generate, parts, call, prompt_cache)
     collected = [collect_rows(part, run) for part, run in zip(parts, runs, strict=True)]
     if len(parts) == 1:
         return collected[0], runs[0].extras
@@ -57,6 +61,22 @@ def run_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) 
         return [values[place] for place in order] if values else []
 
     return Rows(*(joined(field.name) for field in fields(Rows))), {}
+
+
+def _run(
+    model: Any, generate: Callable[..., Any], parts: list[Plan], call: Call, prompt_cache: PromptCache | None
+) -> list[Finished]:
+    """Run the parts one after the other."""
+    if prompt_cache is None or not any(part.steps for part in parts):
+        return [run_loop(model, generate, part, call) for part in parts]
+    texts = [ReadTexts() for _ in parts]
+    earlier = prompt_cache.of_call(model)
+    for one in texts:
+        one.earlier = list(earlier)
+    del earlier  # a run lets go of it before it needs memory
+    runs = [run_loop(model, generate, part, call, one) for part, one in zip(parts, texts, strict=True)]
+    prompt_cache.keep(model, [text for one in texts for text in one.read])
+    return runs
 
 
 def _refuse_for_parts(call: Call) -> None:
@@ -76,8 +96,7 @@ def collect_rows(plan: Plan, run: Finished) -> Rows:
     """Rows out of the columns of a run."""
     state, sequences, prompt_scores = run.state, run.sequences, run.prompt_scores
     width = sequences.shape[1]
-    ends = [min(end, stop, width) for end, stop in zip(plan.ends.tolist(), run.stops, strict=True)]
-    spans = [slice(offset, end) for offset, end in zip(plan.offsets, ends, strict=True)]
+    spans = row_spans(plan, run.stops, width)
     tokens = [row[span] for row, span in zip(sequences.tolist(), spans, strict=True)]
     rows = Rows(tokens, state.by_criterion, [], [], [])
     if not plan.wants_scores:

@@ -1,4 +1,4 @@
-"""Prefilling once what rows of a batch share: a common beginning, and rows that are equal.
+"""Prefilling once what rows of a batch share: a common beginning, and rows that are equal; not at all what is known.
 
 Three rows in the padded schedule, the first two equal; all begin with `a b c`::
 
@@ -7,8 +7,9 @@ Three rows in the padded schedule, the first two equal; all begin with `a b c`::
     a b c e f g                        a b c e f | g    up to the last column
                      3. the loop       all rows, from the caches of step 2: the last column, then new tokens
 
-The layout of the batch is the same with and without sharing, so masks, positions and windows are. What this module does
-not do: it generates nothing; transformers' loop goes on from the cache that it gives.
+Where an earlier call has read the beginnings of all rows (see `prompt_cache`), its keys and values take the place of
+step 1. The layout of the batch is the same with and without sharing, so masks, positions and windows are. What this
+module does not do: it generates nothing; transformers' loop goes on from the cache that it gives.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from .caches import lay_out, select_rows
+from .caches import join_rows, lay_out, select_rows
 from .options import CACHING, Call
 from .plan import Plan
 from .probe import Probe
+from .prompt_cache import Beginning, ReadTexts, still_reads_alike, worth_taking
 from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, TokenScores, chunk_of
 from .walk import forward_cost
@@ -42,7 +44,7 @@ class SharedPrefill:
 
 
 def share_prefill(
-    model: Any, generate: Callable[..., Any], plan: Plan, call: Call, *, scored: bool
+    model: Any, generate: Callable[..., Any], plan: Plan, call: Call, *, scored: bool, texts: ReadTexts | None = None
 ) -> SharedPrefill | None:
     """Prefill what rows share, or nothing (None) where that saves too little or the model's caches do not allow it.
 
@@ -52,40 +54,50 @@ def share_prefill(
         plan: how rows are laid out, and whether sharing was asked for.
         call: the keywords that go to the loop and to the model.
         scored: whether the columns' scores are wanted.
+        texts: what earlier calls have read; it is taken out.
     """
-    if not _may_share(plan, call):
+    known = [] if texts is None else texts.take(plan.prompts)
+    if not leaves_cache(call):
         return None
     ids, mask = plan.layout()
     first_rows, index = _unique_rows(ids, mask)
-    least = 1 if plan.share_prefix else _WORTH * forward_cost(plan.device)
-    common, last = _common_columns(plan, first_rows), plan.start - 1
-    prefix = common if common * (len(first_rows) - 1) >= least else 0
-    repeats = (len(index) - len(first_rows)) * (last - prefix) >= least
-    if not (prefix or repeats):
-        return None
-    probe = Probe(model, generate)
-    in_chunks = probe.reads_in_chunks(plan.start)
-    if prefix and not (in_chunks and (min(plan.offsets) == max(plan.offsets) or probe.takes_padding())):
-        prefix = 0
-    if repeats and not (in_chunks or probe.repeats_rows(plan.start)):
-        repeats = False
-    shared = None
     stage = _Stages(model, generate, plan, scored)
-    if prefix:
-        shared = stage.common_beginning(first_rows, prefix)
+    shared = None
+    if known and not scored:  # the scores of what is not forwarded are not known
+        shared = stage.known_beginnings(first_rows, [known[row] for row in first_rows])
+    del known
+    if plan.share_prefix is not False:
+        shared = _share(stage, ids, mask, first_rows, len(index) - len(first_rows), shared)
+    return None if shared is None else stage.all_rows(shared, torch.tensor(index, device=plan.device))
+
+
+def _share(
+    stage: "_Stages", ids: Tensor, mask: Tensor, first_rows: list[int], copies: int, known: SharedPrefill | None
+) -> SharedPrefill | None:
+    """Prefill the unique rows of a batch (B, T) as far as they share more than is known, and as far as that pays."""
+    plan, probe = stage.plan, stage.probe
+    least = 1 if plan.share_prefix else _WORTH * forward_cost(plan.device)
+    read, last = 0 if known is None else known.columns, plan.start - 1
+    common = _common_columns(plan, first_rows)
+    prefix = common if common > read and common * (len(first_rows) - 1) >= least else 0
+    if prefix and not (
+        probe.reads_in_chunks(plan.start) and (min(plan.offsets) == max(plan.offsets) or probe.takes_padding())
+    ):
+        prefix = 0
+    repeats = copies * (last - max(prefix, read)) >= least
+    if repeats and not (probe.reads_in_chunks(plan.start) or probe.repeats_rows(plan.start)):
+        repeats = False
+    shared = stage.common_beginning(first_rows, prefix) if prefix else known
     if repeats:
         shared = stage.unique_rows(ids[first_rows, :last], mask[first_rows, :last], ids[first_rows, 1:], shared)
-    if shared is None:
-        return None
-    return stage.all_rows(shared, torch.tensor(index if repeats else range(len(index)), device=plan.device))
+    return shared
 
 
-def _may_share(plan: Plan, call: Call) -> bool:
+def leaves_cache(call: Call) -> bool:
     """Whether a call leaves the caches, and what is read of the prefill, to us."""
     asked = call.options
     return not (
-        plan.share_prefix is False
-        or call.to_model
+        call.to_model
         or any(asked.get(name) for name in CACHING)
         or asked.get("use_cache") is False
         or asked.get("output_attentions")
@@ -125,6 +137,26 @@ class _Stages:
 
     def __init__(self, model: Any, generate: Callable[..., Any], plan: Plan, scored: bool) -> None:
         self.model, self.generate, self.plan, self.scored = model, generate, plan, scored
+        self.probe = Probe(model, generate)
+
+    def known_beginnings(self, rows: Sequence[int], known: Sequence[Beginning]) -> SharedPrefill | None:
+        """The columns of which earlier calls have read all that stands in them; None where that is too little."""
+        plan, offsets = self.plan, [self.plan.offsets[row] for row in rows]
+        ends = [
+            offset + min(found.length, len(plan.prompts[row]) - 1)
+            for offset, row, found in zip(offsets, rows, known, strict=True)
+        ]
+        columns = min(*ends, plan.start - 1)
+        if not (
+            worth_taking(columns, len(rows))
+            and self.probe.reads_in_chunks(plan.start)
+            and (max(offsets) == 0 or self.probe.takes_padding())
+            and still_reads_alike(self.model, self.generate, known[0].text)
+        ):
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        cache = join_rows([found.text.states for found in known], offsets, columns, config)
+        return SharedPrefill(columns, cache, None, None)
 
     def common_beginning(self, rows: Sequence[int], columns: int) -> SharedPrefill:
         """One row of the common beginning, laid out behind each row's padding."""

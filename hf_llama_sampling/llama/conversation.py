@@ -5,6 +5,7 @@ What this module does not do: it reads and prints nothing; the command `chat` do
 
 from collections.abc import Callable, Sequence
 
+from ..generation.prompt_cache import PromptCache
 from ..sampling.settings import SamplingSettings
 from .dialog import UNSAFE_ERROR, Message, is_unsafe
 from .llama import ChatFormat, Llama
@@ -13,7 +14,7 @@ from .streaming import TextStreamer
 
 
 class Conversation:
-    """Messages and answers, kept from turn to turn.
+    """Messages and answers, kept from turn to turn, and the model's cache of them: a turn reads only what is new.
 
     Args:
         llama: the model and its tokenizer.
@@ -44,12 +45,14 @@ class Conversation:
         self.llama2_format = chat_format == "llama2" or not llama.has_chat_template
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.start)
+        self.prompt_cache = PromptCache()
         if self.start:
             self._encode([*self.start, {"role": "user", "content": "Hi"}])
 
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages = list(self.start)
+        self.prompt_cache.clear()
 
     def ask(self, said: str, write: Callable[[str], object]) -> None:
         """Answer a message, handing the answer to `write` in pieces, and keep both.
@@ -76,6 +79,7 @@ class Conversation:
             self.settings.top_p,  # type: ignore[arg-type]
             streamer=TextStreamer(self.llama.text_of, write, self.stops),
             stopping_criteria=[self.stops.criterion([prompt], self.llama.text_of)] if self.stops else None,
+            prompt_cache=self.prompt_cache,
         )
         cut = self.stops.cut(0, answer, self.llama.text_of)
         text = self.llama.text_of(answer)

@@ -18,6 +18,7 @@ from ..checks import ReferenceAssertion, check_bool, check_choice, check_int, ch
 from ..defaults import TEMPERATURE, TOP_P
 from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
+from ..generation.prompt_cache import PromptCache
 from ..generation.schedule import Schedule
 from ..generation.trimming import Compat
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
@@ -68,6 +69,7 @@ class Llama:
     - Random numbers come from torch's global generator, so that `torch.manual_seed(s)` gives the reference's tokens.
     - The reference's own schedule is the default; `schedule="auto"` answers ragged batches faster, with the same tokens
       up to the rounding of the logits.
+    - With `keep_cache` the cache of a call is kept, so that a conversation's next turn reads only what is new.
 
     Args:
         model: any decoder-only causal language model of transformers.
@@ -76,6 +78,9 @@ class Llama:
         max_batch_size: most rows per call; no limit if not given.
         compat: `"meta"` keeps the reference's quirks, `"fixed"` mends them (docs/coming-from-llama.md has the table).
         schedule: see `LlamaGenerationMixin.generate`.
+        keep_cache: whether calls keep what they have read for the next one (see `PromptCache`): the same tokens up to
+            the rounding of the logits. If not given, they do unless the schedule is the reference's, which is bit for
+            bit. `prompt_cache.clear()` frees it; a call lets go of what its prompts have no use for before it begins.
 
     Raises:
         ValueError: the tokenizer's vocabulary is larger than the model's, or a value is out of range.
@@ -95,6 +100,7 @@ class Llama:
         max_batch_size: int | None = None,
         compat: Compat = "meta",
         schedule: Schedule = "reference",
+        keep_cache: bool | None = None,
     ) -> None:
         _check_model(model)
         _check_limits(max_seq_len, max_batch_size, compat, schedule)
@@ -108,6 +114,7 @@ class Llama:
         self.max_batch_size = None if max_batch_size is None else int(max_batch_size)
         self.compat: Compat = compat
         self.schedule: Schedule = schedule
+        self.prompt_cache = PromptCache() if _keeps_cache(keep_cache, schedule) else None
         self.model: Any = with_reference_interface(model, self._params(model))
 
     @staticmethod
@@ -125,6 +132,7 @@ class Llama:
         offload_folder: str | Path | None = None,
         compat: Compat = "meta",
         schedule: Schedule = "reference",
+        keep_cache: bool | None = None,
     ) -> "Llama":
         """Load a checkpoint and its tokenizer, and seed torch's global generator.
 
@@ -142,7 +150,7 @@ class Llama:
                 `"disk"` for offload. The first GPU if there is one, else the CPU, if not given.
             max_memory: what `"auto"` may use of each device.
             offload_folder: for modules on `"disk"`; a temporary folder if not given.
-            compat, schedule: see `Llama`.
+            compat, schedule, keep_cache: see `Llama`.
 
         Returns:
             The `Llama`; the time that loading took is printed, as in the reference.
@@ -159,12 +167,13 @@ class Llama:
         """
         start = time.time()
         _check_limits(max_seq_len, max_batch_size, compat, schedule)
+        _keeps_cache(keep_cache, schedule)
         torch.manual_seed(check_int("seed", seed, least=-(2**63), most=2**64 - 1))
         placement = choose_placement(dtype, device_map, max_memory, offload_folder, model_parallel_size)
         tokenizer = load_tokenizer(tokenizer_path)
         model = load_model(ckpt_dir, placement, max_seq_len=max_seq_len, tokenizer=tokenizer)
         limits: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        llama = Llama(model, tokenizer, **limits, compat=compat, schedule=schedule)
+        llama = Llama(model, tokenizer, **limits, compat=compat, schedule=schedule, keep_cache=keep_cache)
         print(f"Loaded in {time.time() - start:.2f} seconds")
         return llama
 
@@ -181,6 +190,7 @@ class Llama:
         seeds: int | Sequence[int] | None = None,
         streamer: Any = None,
         stopping_criteria: Any = None,
+        prompt_cache: PromptCache | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Complete a ragged batch of token-id prompts.
 
@@ -196,6 +206,7 @@ class Llama:
                 completion then depends on nothing else in the batch.
             streamer: gets the tokens as they come, as transformers' streamers do.
             stopping_criteria: transformers' criteria that end rows.
+            prompt_cache: what earlier calls have read, instead of this object's own (`keep_cache` of `Llama`).
 
         Returns:
             Ids per row, cut before EOS, and logprobs beside them, or None.
@@ -226,6 +237,7 @@ class Llama:
             schedule=self.schedule,
             seeds=seeds,
             **flags,
+            prompt_cache=self.prompt_cache if prompt_cache is None else prompt_cache,
             **_given(streamer=streamer, stopping_criteria=stopping_criteria),
         )
         assert output.tokens is not None
@@ -553,6 +565,13 @@ def _check_limits(max_seq_len: Any, max_batch_size: Any, compat: Any, schedule: 
         check_int("max_seq_len", max_seq_len, least=1)
     if max_batch_size is not None:
         check_int("max_batch_size", max_batch_size, least=1)
+
+
+def _keeps_cache(keep_cache: bool | None, schedule: Schedule) -> bool:
+    """Whether calls keep what they have read; by default not under the reference's schedule, which is bit for bit."""
+    if keep_cache is None:
+        return schedule != "reference"
+    return check_bool("keep_cache", keep_cache, "leave it out to keep it unless the schedule is the reference's")
 
 
 def _check_sizes(tokenizer: TokenizerLike, embedded: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from hf_llama_sampling import PromptCache
 from hf_llama_sampling.reference import reference_generate
 from tests.families.expected import KNOWN, REFUSED
 from tests.families.zoo import CONTEXT, EOS, FAMILIES, build, build_ours, plain_logits, rounding
@@ -266,3 +267,18 @@ def test_metas_stream_is_the_reference_loops(family):
     assert out.tokens == tokens
     for row in range(2):
         close(family, tokens[row], out.logprobs[row], logprobs[row])
+
+
+@families("a_turn_goes_on_from_the_last_ones_cache")
+def test_a_turn_goes_on_from_the_last_ones_cache(family):
+    """Two rows and turns with a `PromptCache`: tokens and logprobs as from scratch, whatever a family's caches are."""
+    cache, prompts = PromptCache(), [PROMPTS[0], PROMPTS[1]]
+    for _ in range(2):
+        asked = {"max_gen_len": 4, "max_seq_len": CONTEXT, "seeds": SEED, "eos_token_id": [], "logprobs": True}
+        plain = build_ours(family).generate(prompts, **asked)
+        out = build_ours(family).generate(prompts, **asked, prompt_cache=cache)
+        assert out.tokens == plain.tokens
+        for row in range(2):
+            bound = rounding(build(family), [*prompts[row], *out.tokens[row]])
+            assert out.logprobs[row] == pytest.approx(plain.logprobs[row], abs=bound)
+        prompts = [[*prompt, *answer, 9, 8, 7] for prompt, answer in zip(prompts, out.tokens, strict=True)]

@@ -193,6 +193,17 @@ def test_share_prefix_is_a_switch(tiny_model, value):
         tiny_model.generate([HEADER], max_gen_len=1, share_prefix=value)
 
 
+def test_a_few_equal_rows_beside_others_share_what_all_begin_with(tiny_model):
+    """By default: repeating two rows saves too little by itself, and their beginning is shared with the third."""
+    header = [1, *(20 + 7 * i % 900 for i in range(200))]
+    prompts = [[*header, 5, 6], [*header, 5, 6], [*header, 7, 8]]
+    plain = tiny_model.generate(prompts, max_gen_len=4, temperature=0, share_prefix=False)
+    tiny_model.generate(prompts, max_gen_len=1)
+    with Forwards(tiny_model) as forwards:
+        same_answers(plain, tiny_model.generate(prompts, max_gen_len=4, temperature=0))
+    assert forwards.shapes[:2] == [(1, 201 - 1), (3, 3)]
+
+
 WINDOWED = {
     "vocab_size": 64,
     "hidden_size": 32,

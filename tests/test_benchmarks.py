@@ -26,10 +26,14 @@ SMALL = benchmarks.QUICK._replace(
     samples=sharing.Header(header=40, own=0, rows=2, new=2),
     header=sharing.Header(header=40, own=5, rows=2, new=2),
     choices=[(sharing.Choices(40, 2, 5, 2, 2), 0.1), (sharing.Choices(0, 2, 5, 2, 1), 0.3)],
+    chat=loops.Chat(turn=3, tokens=20),
+    echoed=[(1, 12)],
+    sampled=3,
+    budgets=[100],
     plotted=([8, 16], [50, 500]),
 )
 EFFORT = Effort(pairs=2, seconds=0)
-# Section 9 of the design, by row.
+# Section 11 of the design, by row.
 TARGETS = {
     "draw-seeds": {0.2},
     "draw-meta": {0.5},
@@ -48,6 +52,12 @@ TARGETS = {
     "samples": {0.45},
     "header": {0.55},
     "choices": {0.1, 0.3},
+    "chat": {0.25},
+    "one-token": {1.1},
+    "overhead": {1.0, 0.9},
+    "operations": {30.0, 20.0},
+    "samples-memory": {1.0},
+    "tree-memory": {1.0},
     "score-memory": {None},
 }
 
@@ -61,10 +71,10 @@ def models():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_row_is_measured(models, monkeypatch, name):
-    """Each line has a ratio of its own and section 9's target; smaller sizes have no target that depends on size."""
+    """Each line has a ratio of its own and section 11's target; smaller sizes have no target that depends on size."""
     small = benchmarks.rows(lambda: models, EFFORT, SMALL)
     assert list(small) == list(TARGETS)
-    if name.startswith(("logprobs", "ragged", "memory", "length", "samples", "header", "choices")):
+    if name.startswith(("logprobs", "ragged", "memory", "length", "samples", "header", "choices", "chat", "one")):
         assert {line.at_most for line in small[name]()} == {None}
     monkeypatch.setattr(benchmarks, "FULL", SMALL)
     lines = list(benchmarks.rows(lambda: models, EFFORT, SMALL)[name]())
@@ -80,7 +90,7 @@ def test_forwards_are_a_part_of_the_run(models):
     assert not models.ours._forward_hooks and not models.ours._forward_pre_hooks
 
 
-def test_section_9s_sizes():
+def test_section_11s_sizes():
     """The full table measures the very cases that the design names."""
     full = benchmarks.FULL
     assert set(full.cases) == {(1, 16), (1, 256), (8, 16), (8, 256)} and full.new == 64
@@ -90,12 +100,23 @@ def test_section_9s_sizes():
     ]
     assert full.held == (8, 512, 256) and full.lengths == (256, 2048) and set(full.vocabularies) == {32_000, 128_256}
     assert full.look_ahead[0] == 16 and full.look_ahead[-1] == 2000
+    assert full.chat == (10, 60) and full.echoed == [(1, 256), (8, 256)] and full.sampled == 100
 
 
 def test_a_line_is_the_median_of_paired_ratios():
     """Not the ratio of medians: what drifts drifts in both of a pair."""
     measured = line("", "", None, ours=[1.0, 8.0, 3.0], theirs=[2.0, 8.0, 12.0])
     assert (measured.low, measured.median, measured.high) == (0.375, 0.5, 0.75)
+
+
+def test_the_fastest_runs_decide():
+    """A target is compared with their ratio where there is one, with a single pair too; a count is what it is."""
+    measured = line("", "", 0.5, ours=[1.0, 8.0, 3.0], theirs=[2.0, 4.0, 3.0])
+    assert measured.median == 1.0 and measured.fastest == 0.5 and not measured.missed
+    single = line("", "", 0.5, ours=[3.0], theirs=[2.0])
+    assert (single.low, single.median, single.high, single.fastest) == (1.5, 1.5, 1.5, 1.5) and single.missed
+    assert single.note == "3.00 s against 2.00 s, 1 pair"
+    assert single._replace(fastest=None, median=0.4).missed is False
 
 
 def test_the_table(capsys, monkeypatch):
@@ -109,7 +130,7 @@ def test_the_table(capsys, monkeypatch):
     assert f"torch {torch.__version__}" in text and "--rows waits" in text
     # With padding transformers asks its mask in each step as well, so both have two there; nothing is added here.
     assert [row[3] for row in table] == ["1.000", "1.000", "**2.000**", "**2.000**"]
-    assert [row[4].split(" of them")[0] for row in table] == ["1", "1", "2", "2"]
+    assert [row[5].split(" of them")[0] for row in table] == ["1", "1", "2", "2"]
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from hf_llama_sampling import with_llama_generation
+from hf_llama_sampling import PromptCache, with_llama_generation
 from hf_llama_sampling.generation.inputs import left_padded
 from hf_llama_sampling.reference import reference_generate
 
@@ -133,6 +133,46 @@ def forwards_alone(models: Models, effort: Effort, *, steps: int, case: tuple[in
     yield line(what, "all of the same run", None, *zip(*times[1:], strict=True))  # the first one is cold
 
 
+def one_token(models: Models, effort: Effort, *, cases: Sequence[tuple[int, int]]) -> Iterator[Line]:
+    """One new token with logprobs and echo, against one forward over the prompt with all its logits."""
+    for batch, length in cases:
+        prompts = models.prompts([length] * batch)
+        ids = torch.tensor(prompts)
+
+        def theirs(ids: torch.Tensor = ids) -> None:
+            with torch.no_grad():
+                models.theirs(ids)
+
+        runs = [lambda prompts=prompts: ours_with_logprobs(models, prompts, 1, seeds=0), theirs]
+        what = f"one new token with logprobs and echo, B = {batch}, prompts of {length}"
+        yield line(what, "one forward over the prompt with all its logits", 1.1, *in_turn(runs, effort))
+
+
+class Chat(NamedTuple):
+    """The turn of a conversation that is measured, and the tokens that each turn adds."""
+
+    turn: int
+    tokens: int
+
+
+def chat(models: Models, effort: Effort, case: Chat) -> Iterator[Line]:
+    """The time to the first token of a turn that goes on from the cache of the turns before it."""
+    prompt = models.prompts([case.turn * case.tokens])[0]
+    read = PromptCache()
+    first_token = {"max_gen_len": 1, "temperature": TEMPERATURE, "top_p": TOP_P, "seeds": 0}
+    models.ours.generate([prompt[: -case.tokens]], **first_token, prompt_cache=read)
+    before = read._kept
+
+    def turn() -> Any:
+        read._kept = before  # the same turn again
+        return models.ours.generate([prompt], **first_token, prompt_cache=read)
+
+    assert turn().tokens == models.ours.generate([prompt], **first_token).tokens
+    runs = [turn, lambda: models.ours.generate([prompt], **first_token)]
+    what = f"turn {case.turn} of a chat, {case.tokens} tokens a turn: time to the first token"
+    yield line(what, "the same turn from scratch", 0.25, *in_turn(runs, effort))
+
+
 class Ragged(NamedTuple):
     """A ragged batch: prompts from `shortest` to `longest` tokens, and so many new ones."""
 
@@ -249,7 +289,8 @@ def time_against_length(models: Models, effort: Effort, *, lengths: tuple[int, i
     what = f"time per new token at length {lengths[1]:,} against length {lengths[0]:,}"
     measured = line(what, "the bare loop's own ratio", 1.02, *zip(*growths, strict=True))
     mine, other = (statistics.median(column) for column in zip(*growths, strict=True))
-    yield measured._replace(note=f"{mine:.3f} against {other:.3f}, {len(growths)} pairs")
+    # The fastest runs of two lengths do not make a pair.
+    yield measured._replace(note=f"{mine:.3f} against {other:.3f}, {len(growths)} pairs", fastest=None)
 
 
 def scoring(models: Models, effort: Effort, *, cases: Sequence[tuple[int, int]]) -> Iterator[Line]:

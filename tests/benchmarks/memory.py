@@ -1,11 +1,14 @@
 """What is held and what is waited for: counts that do not depend on the machine's mood."""
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 from hf_llama_sampling.generation.inputs import left_padded
 from hf_llama_sampling.sampling import fast_path
@@ -13,6 +16,7 @@ from hf_llama_sampling.sampling.streams import LookAhead
 
 from .loops import TEMPERATURE, TOP_P, Models, Ragged, ours_with_logprobs, plain_scores, transformers_recipe
 from .measure import Line, Waits, peak_bytes
+from .sharing import Choices, questions
 
 VOCAB = 49_152  # of the 135M model
 
@@ -38,6 +42,72 @@ def wide_models(positions: int) -> Models:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     return Models.of(model, torch.randint(VOCAB, (4 * positions,)).tolist())
+
+
+def deep_models(positions: int) -> Models:
+    """A body whose caches outweigh its logits."""
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=positions,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    return Models.of(model, torch.randint(500, (4 * positions,)).tolist())
+
+
+def column_bytes(model: Any) -> int:
+    """What one column of one row's cache takes, in float32."""
+    config = model.config
+    return int(2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+
+
+def shared_prefix(models: Models, length: int) -> Iterator[Line]:
+    """What two samples of a prompt take beyond one of it, against one copy of the prompt's cache per row."""
+    prompt = models.prompts([length])
+
+    def samples(copies: int) -> Any:
+        return models.ours.generate(prompt, max_gen_len=4, seeds=0, num_return_sequences=copies, share_prefix=True)
+
+    samples(2)  # the trials of a first call are over
+    one, two = (peak_bytes(lambda copies=copies: samples(copies)) for copies in (1, 2))
+    copies = 2 * length * column_bytes(models.ours)
+    what = f"two samples' extra peak memory, one prompt of {length}"
+    note = f"{_mib(two - one)} against {_mib(copies)}"
+    yield Line(what, "one copy of the prompt's cache per row", 1.0, (two - one) / copies, note=note)
+
+
+@contextlib.contextmanager
+def counted_caches() -> Iterator[list[int]]:
+    """The most bytes that caches held at once, after each layer's update, as the one item of a list."""
+    alive: list[weakref.ref[Any]] = []
+    peak = [0]
+    update = DynamicLayer.update
+
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        states = update(layer, *args, **kwargs)
+        alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in states)
+        storages = [storage for ref in alive if (storage := ref()) is not None]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        peak[0] = max(peak[0], sum(held.values()))
+        return states
+
+    with mock.patch.object(DynamicLayer, "update", counted):
+        yield peak
+
+
+def tree(models: Models, case: Choices, columns: Sequence[int]) -> Iterator[Line]:
+    """The caches that a walk over a tree of prompts holds, against its budget of so many columns."""
+    contexts, continuations = questions(models, case)
+    for count in columns:
+        budget = count * column_bytes(models.ours)
+        with counted_caches() as peak:
+            models.ours.score_continuations(contexts, continuations, cache_bytes=budget)
+        what = f"caches held, {case}, budget of {count:,} columns"
+        yield Line(what, "`cache_bytes`", 1.0, peak[0] / budget, note=f"{_mib(peak[0])} against {_mib(budget)}")
 
 
 def logprobs_and_echo(models: Models, batch: Batch) -> Iterator[Line]:

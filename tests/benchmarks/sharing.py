@@ -53,7 +53,7 @@ def samples(models: Models, effort: Effort, case: Header) -> Iterator[Line]:
         ),
     ]
     what = f"{case.rows} samples of one prompt of {case.header}, {case.new} new tokens, seeds"
-    yield fastest(what, "transformers, `num_return_sequences`", 0.45, runs, effort)
+    yield line(what, "transformers, `num_return_sequences`", 0.45, *in_turn(runs, effort))
 
 
 def common_header(models: Models, effort: Effort, case: Header) -> Iterator[Line]:
@@ -67,7 +67,7 @@ def common_header(models: Models, effort: Effort, case: Header) -> Iterator[Line
         lambda: models.theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=case.new),
     ]
     what = f"{case.rows} prompts, a common header of {case.header} and {case.own} of their own, {case.new} new tokens"
-    yield fastest(what, "transformers, left-padded batch", 0.55, runs, effort)
+    yield line(what, "transformers, left-padded batch", 0.55, *in_turn(runs, effort))
 
 
 def ours(models: Models, prompts: list[list[int]], new: int, **options: Any) -> Any:
@@ -92,7 +92,7 @@ def multiple_choice(models: Models, effort: Effort, case: Choices, at_most: floa
     for mine, other in zip(found, theirs(), strict=True):
         assert abs(mine[0] - other[0]) <= CLOSE and mine[1] == other[1], (mine, other)
     runs = [lambda: models.ours.score_continuations(contexts, continuations), theirs]
-    yield fastest(str(case), "lm-evaluation-harness, `HFLM`, batch 8", at_most, runs, effort)
+    yield line(str(case), "lm-evaluation-harness, `HFLM`, batch 8", at_most, *in_turn(runs, effort))
 
 
 def questions(models: Models, case: Choices) -> tuple[list[list[int]], list[list[list[int]]]]:
@@ -116,10 +116,3 @@ def harness_model(model: Any) -> Any:
     from ..conftest import TINY
 
     return HFLM(pretrained=model, tokenizer=transformers.AutoTokenizer.from_pretrained(TINY), batch_size=8)
-
-
-def fastest(what: str, against: str, at_most: float, runs: Any, effort: Effort) -> Line:
-    """A line with the ratio of the fastest runs in its note: machines that take memory back are slow at random."""
-    mine, other = in_turn(runs, effort)
-    measured = line(what, against, at_most, mine, other)
-    return measured._replace(note=f"fastest {min(mine) / min(other):.3f}; {measured.note}")

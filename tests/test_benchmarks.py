@@ -31,6 +31,7 @@ SMALL = benchmarks.QUICK._replace(
     sampled=3,
     budgets=[100],
     plotted=([8, 16], [50, 500]),
+    shared=([1, 2], [0, 40]),
 )
 EFFORT = Effort(pairs=2, seconds=0)
 # Section 11 of the design, by row.
@@ -140,13 +141,11 @@ def test_what_is_not_installed_is_named(monkeypatch):
         benchmarks.load(None)
 
 
-def test_the_plot(models, tmp_path):
-    """A picture of cost against length and vocabulary."""
-    from tests.benchmarks.plot import plot
-
-    lengths, vocabularies = SMALL.plotted
-    plot(tmp_path / "costs.png", models, EFFORT, lengths=lengths, vocabularies=vocabularies)
-    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+def test_the_plots(models, tmp_path):
+    """Pictures of cost against length and vocabulary, and against choices and a header's length."""
+    costs, shared = tmp_path / "costs.png", tmp_path / "sharing.png"
+    benchmarks.draw_costs(costs, shared, models, EFFORT, SMALL)
+    assert costs.read_bytes().startswith(b"\x89PNG") and shared.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_compared_does_the_same_work(models):

@@ -20,6 +20,7 @@ from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .adapters import keeps_soft_prompts_in_cache, soft_prompts_of
 from .edits import CallersCriteria, LogitEdits
+from .inference import as_ordinary
 from .inputs import beside_tokens, lay_out_beside_tokens
 from .model_info import forget_longer_texts, length_limit
 from .options import CACHING, FOR_THE_LOOP, Call
@@ -241,6 +242,8 @@ def run_loop(
                 f"output_attentions needs a model with attentions, and {type(model).__name__} has none: leave it out"
             ) from error
         raise
+    for name in [name for name in _EXTRAS if output.get(name) is not None]:
+        output[name] = as_ordinary(output[name])
     refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
     stops = row_stops(plan, state, output.sequences)
     leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)

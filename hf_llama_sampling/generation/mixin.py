@@ -18,6 +18,7 @@ from ..checks import PerRow, check_int
 from .adapters import is_peft_model, refuse_invocation_tokens, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
+from .inference import in_inference_mode
 from .inputs import beside_tokens, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
@@ -307,7 +308,8 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
     """transformers' own `generate`, on a view of the model, between which and the loop an `observer` may stand."""
 
     def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
-        return super(LlamaGenerationMixin, loop_view(model, observer)).generate(*args, **kwargs)
+        view = loop_view(model, in_inference_mode(model, observer))
+        return super(LlamaGenerationMixin, view).generate(*args, **kwargs)
 
     return generate
 

@@ -78,12 +78,12 @@ class Probe:
         return self._holds("scores", _scores_prompts)
 
     def _holds(self, question: str, ask: Callable[[Any, Callable[..., Any]], bool]) -> bool:
-        if self.model.training or _is_known(self.model):  # in training, dropout would be all that is found
+        if self.model.training or is_known(self.model):  # in training, dropout would be all that is found
             return True
         return _found(self.model, question, lambda: ask(self.model, self.generate))
 
 
-def _is_known(model: Any) -> bool:
+def is_known(model: Any) -> bool:
     """Whether the model runs a family's own code, which the tests found to keep rows as they are alone."""
     if model.config.model_type not in KNOWN or ("forward" in vars(model) and not hasattr(model, "_hf_hook")):
         return False  # accelerate's hooks replace a forward and keep what it computes

@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     sampled: int  # tokens of the tiny model
     budgets: Sequence[int]  # columns of caches
     plotted: tuple[Sequence[int], Sequence[int]]  # lengths and vocabularies
+    shared: tuple[Sequence[int], Sequence[int]]  # plotted: choices and headers
 
 
 FULL = Sizes(
@@ -72,6 +73,7 @@ FULL = Sizes(
     sampled=100,
     budgets=[1_000, 4_000, 16_000],
     plotted=([64, 128, 256, 512, 1024, 2048], [500, 2_000, 8_000, 32_000, 64_000, 128_256]),
+    shared=([1, 2, 4, 8], [0, 125, 250, 500, 1000]),
 )
 QUICK = Sizes(
     vocabularies=(32_000, 128_256),
@@ -91,6 +93,7 @@ QUICK = Sizes(
     sampled=20,
     budgets=[200, 1_000],
     plotted=([64, 128, 256, 512], [2_000, 32_000, 128_256]),
+    shared=([1, 2, 4], [0, 64, 128]),
 )
 
 
@@ -167,6 +170,9 @@ def main() -> None:
         "--cpu-time", action="store_true", help="compare processor time, for a busy machine; takes one thread"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against length and vocabulary instead")
+    parser.add_argument(
+        "--plot-sharing", type=Path, metavar="FILE.png", help="draw cost against choices and header's length instead"
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -186,15 +192,24 @@ def main() -> None:
         clock=time.process_time if arguments.cpu_time else time.perf_counter,
     )
     sizes = QUICK if arguments.quick else FULL
-    if arguments.plot:
-        with _explained():
-            from .plot import plot
-
-        lengths, vocabularies = sizes.plotted
-        plot(arguments.plot, model(), effort, lengths=lengths, vocabularies=vocabularies)
+    if arguments.plot or arguments.plot_sharing:
+        draw_costs(arguments.plot, arguments.plot_sharing, model(), effort, sizes)
     else:
         measured = rows(model, effort, sizes)
         print_table([measured[name] for name in names if name in arguments.rows], threads)
+
+
+def draw_costs(costs: Path | None, shared: Path | None, models: Models, effort: Effort, sizes: Sizes) -> None:
+    """The pictures that were asked for."""
+    with _explained():
+        from .plot import plot, plot_sharing
+
+    if costs:
+        lengths, vocabularies = sizes.plotted
+        plot(costs, models, effort, lengths=lengths, vocabularies=vocabularies)
+    if shared:
+        choices, headers = sizes.shared
+        plot_sharing(shared, models, effort, sizes.choices[0][0], choices=choices, headers=headers)
 
 
 def print_table(chosen: Sequence[Row], threads: int) -> None:

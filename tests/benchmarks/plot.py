@@ -1,4 +1,4 @@
-"""Cost against length and against vocabulary, as a picture. The only module that needs matplotlib."""
+"""Costs as pictures: by length and vocabulary, and by what prompts share. The only module that needs matplotlib."""
 
 import statistics
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from .draws import FLAT, PEAKED, Draws
 from .loops import Models, bare_loop, cached, continued
 from .measure import Effort, in_turn
+from .sharing import Choices, scorers
 
 
 def plot(file: Path, models: Models, effort: Effort, *, lengths: Sequence[int], vocabularies: Sequence[int]) -> None:
@@ -64,3 +65,30 @@ def by_vocabulary(axes: Any, effort: Effort, sizes: Sequence[int]) -> None:
     axes.set(xlabel="vocabulary", ylabel="ms per draw (solid: peaked logits, dotted: flat)", title="Cost of a draw")
     axes.set(xscale="log", yscale="log")
     axes.legend()
+
+
+def plot_sharing(
+    file: Path, models: Models, effort: Effort, case: Choices, *, choices: Sequence[int], headers: Sequence[int]
+) -> None:
+    """Two panels: seconds of a multiple-choice task by the choices of a question, and by the length of its header."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    by_tokens = f"{case.contexts} questions of {case.own} tokens"
+    for axes, name, values, fixed in (
+        (left, "choices", choices, f"header of {case.header}"),
+        (right, "header", headers, f"{case.choices} choices"),
+    ):
+        curves: list[list[float]] = [[], []]
+        for value in values:
+            for curve, measured in zip(
+                curves, in_turn(scorers(models, case._replace(**{name: value})), effort), strict=True
+            ):
+                curve.append(min(measured))
+        axes.plot(values, curves[0], marker="o", label="score_continuations, here")
+        axes.plot(values, curves[1], marker="o", linestyle="--", color="gray", label="lm-evaluation-harness, batch 8")
+        label = "choices per question" if name == "choices" else "tokens of the common header"
+        axes.set(xlabel=f"{label} ({by_tokens}, {fixed})", ylim=(0, None), title=f"Cost against {label}")
+        axes.set_xticks(values)
+    left.set_ylabel("seconds")
+    left.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

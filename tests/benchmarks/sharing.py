@@ -5,7 +5,7 @@ Ratios are of whole calls in one run; totals are compared in the same run. What 
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -77,22 +77,30 @@ def ours(models: Models, prompts: list[list[int]], new: int, **options: Any) -> 
 
 def multiple_choice(models: Models, effort: Effort, case: Choices, at_most: float) -> Iterator[Line]:
     """`score_continuations` against the harness' own model on the same ids; totals and greedy ones compared."""
+    runs = scorers(models, case)
+    found, expected = (run() for run in runs)
+    for mine, other in zip(found, expected, strict=True):
+        assert abs(mine[0] - other[0]) <= CLOSE and mine[1] == other[1], (mine, other)
+    yield line(str(case), "lm-evaluation-harness, `HFLM`, batch 8", at_most, *in_turn(runs, effort))
+
+
+def scorers(models: Models, case: Choices) -> list[Callable[[], list[tuple[float, bool]]]]:
+    """`score_continuations`, and the harness' own model; each answers total and greedy or not per continuation."""
     contexts, continuations = questions(models, case)
     requests = [
         ((str(i), str(j)), context, ids) for i, context in enumerate(contexts) for j, ids in enumerate(continuations[i])
     ]
     harness = harness_model(models.theirs)
 
-    def theirs() -> Any:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return harness._loglikelihood_tokens(requests, disable_tqdm=True)
+    def mine() -> list[tuple[float, bool]]:
+        out = models.ours.score_continuations(contexts, continuations)
+        return [pair for pairs in zip(out.totals, out.is_greedy, strict=True) for pair in zip(*pairs, strict=True)]
 
-    out = models.ours.score_continuations(contexts, continuations)
-    found = [pair for i in range(len(contexts)) for pair in zip(out.totals[i], out.is_greedy[i], strict=True)]
-    for mine, other in zip(found, theirs(), strict=True):
-        assert abs(mine[0] - other[0]) <= CLOSE and mine[1] == other[1], (mine, other)
-    runs = [lambda: models.ours.score_continuations(contexts, continuations), theirs]
-    yield line(str(case), "lm-evaluation-harness, `HFLM`, batch 8", at_most, *in_turn(runs, effort))
+    def theirs() -> list[tuple[float, bool]]:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return list(harness._loglikelihood_tokens(requests, disable_tqdm=True))
+
+    return [mine, theirs]
 
 
 def questions(models: Models, case: Choices) -> tuple[list[list[int]], list[list[list[int]]]]:

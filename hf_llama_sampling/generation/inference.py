@@ -1,0 +1,94 @@
+"""Forwards under `torch.inference_mode`, where nothing that outlives a run is made by code that we do not know.
+
+A tensor made there can never take part in training. So the mode is on only around forwards that are transformers' own
+in all their modules; what leaves a run is made ordinary, without a copy. The loop around them, and all that it hands to
+callers, is not under the mode. What this module does not do: it changes no number.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers import Cache
+
+from .model_info import length_limit
+from .probe import is_known
+from .view import Observer
+
+_KNOWN_HOMES = ("torch", "transformers", __name__.partition(".")[0])
+_KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def in_inference_mode(model: Any, observer: Observer | None) -> Observer | None:
+    """An observer under which a model's forwards run in inference mode, if they leave nothing; `observer` sees them."""
+    if not _leaves_nothing(model):
+        return observer
+    if observer is None:
+        return _forward
+    outer = observer
+
+    def observed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return outer(functools.partial(_forward, forward), *args, **kwargs)
+
+    return observed
+
+
+def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with contextlib.nullcontext() if _a_mode_watches() else torch.inference_mode():
+        return forward(*args, **kwargs)
+
+
+def _a_mode_watches() -> bool:
+    """Whether some mode of torch sees each operation; it may keep what it sees."""
+    modes = (_get_current_dispatch_mode(), _get_current_function_mode())  # type: ignore[no-untyped-call]
+    return any(mode is not None for mode in modes)
+
+
+def _leaves_nothing(model: Any) -> bool:
+    """Whether a forward leaves no tensor in the model or its hooks."""
+    return (
+        not model.training
+        and is_known(model)
+        and length_limit(model) is None  # rotary factors that are made anew stay in the model
+        and getattr(model, "hf_quantizer", None) is None
+        and (getattr(model, "tp_size", None) or 1) == 1
+        and getattr(model.config, "_attn_implementation", None) in _KNOWN_ATTENTION
+        and not any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+        and not any(map(_is_watched, model.modules()))
+    )
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether somebody's own code runs in a module's forward: a class, a hook or another forward (accelerate's too)."""
+    own = vars(module)
+    return (
+        type(module).__module__.partition(".")[0] not in _KNOWN_HOMES
+        or "forward" in own
+        or any(own.get(name) for name in _HOOKS)
+    )
+
+
+def as_ordinary(value: Any) -> Any:
+    """A value whose tensors autograd can save: nested tuples of tensors, or a cache, which is changed in place."""
+    if torch.is_inference_mode_enabled():  # the caller's own
+        return value
+    if isinstance(value, Tensor):
+        return _same_memory(value) if value.is_inference() else value
+    if isinstance(value, tuple):
+        return tuple(map(as_ordinary, value))
+    if isinstance(value, Cache):
+        for layer in value.layers:
+            vars(layer).update({name: as_ordinary(one) for name, one in vars(layer).items() if isinstance(one, Tensor)})
+    return value
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    """An ordinary tensor over an inference tensor's memory."""
+    layout = (tensor.storage_offset(), tensor.size(), tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage(), *layout)

@@ -6,6 +6,7 @@ import transformers
 
 from hf_llama_sampling import Llama, LlamaForCausalLM
 from tests.batch.helpers import ask_all, some_records
+from tests.bounds import ROUNDING
 from tests.conftest import TINY
 
 
@@ -32,6 +33,34 @@ def test_out_of_memory_halves_the_batch(llama, tmp_path, monkeypatch, caplog, er
         f"out of memory with a batch of {size} records: halved" for size in sizes if size > 3
     ]
     assert len(caplog.records) <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"score": True}], ids=["generation", "score"])
+def test_a_forward_that_does_not_fit_halves_a_batch_that_shares_its_beginning(
+    llama, tmp_path, monkeypatch, caplog, options
+):
+    """Memory runs out where rows go on from the cache of a header: halves of the batch share it anew, same answers."""
+    header = [1, *range(40, 200)]
+    records = [{"prompt_tokens": [*header, *range(300 + 9 * row, 306 + 9 * row)]} for row in range(8)]
+    expected = ask_all(llama, tmp_path, records, name="whole", **options)
+    forward, shapes = llama.model.forward, []
+
+    def small(*args, **rest):
+        ids = rest["input_ids"] if "input_ids" in rest else args[0]
+        shapes.append(tuple(ids.shape))
+        if len(ids) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*args, **rest)
+
+    monkeypatch.setattr(llama.model, "forward", small, raising=False)
+    found = ask_all(llama, tmp_path, records, name="halved", batch_size=8, **options)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.get("tokens") == other.get("tokens") and "error" not in mine
+        if options:
+            assert mine["prompt_logprobs"] == pytest.approx(other["prompt_logprobs"], abs=ROUNDING)
+    assert "halved" in caplog.text
+    assert max(rows for rows, _ in shapes) > 3
+    assert {(1, 160), (1, 161)} & set(shapes)  # the header by itself, for `generate` but for its last token
 
 
 def test_a_record_that_does_not_fit_alone_becomes_an_error(llama, tmp_path, monkeypatch):

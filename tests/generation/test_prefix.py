@@ -1,18 +1,17 @@
 """Scores by a walk over the tree of prompts: each answer is the one that a forward of its own would give."""
 
 import random
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers.cache_utils import DynamicLayer
 
 from hf_llama_sampling.generation import walk
 from hf_llama_sampling.generation.mixin import _transformers_generate
 from hf_llama_sampling.generation.prefix import Text, grow
+from tests.benchmarks import memory
 from tests.bounds import ROUNDING
 
 FEW = st.lists(st.integers(3, 6), max_size=6)
@@ -159,6 +158,27 @@ def test_score_continuations_equals_a_forward_per_pair(tiny_model):
             assert out.totals[i][j] == pytest.approx(sum(expected), abs=len(ids) * ROUNDING)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
+@given(
+    tree=TREES,
+    ends=st.lists(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=4), min_size=1, max_size=3), min_size=13),
+    order=st.randoms(use_true_random=False),
+    chunk_bytes=st.sampled_from([30_000, 128 << 20]),
+    cache_bytes=st.sampled_from([0, 20_000, 1 << 30]),
+)
+def test_any_contexts_in_any_order_under_any_budget(tiny_model, sharing, tree, ends, order, chunk_bytes, cache_bytes):
+    """Contexts that begin and end within one another, with continuations that are equal or begin alike."""
+    contexts = texts_of(tree)
+    order.shuffle(contexts)
+    continuations = ends[: len(contexts)]
+    out = tiny_model.score_continuations(contexts, continuations, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes)
+    for i, context in enumerate(contexts):
+        for j, ids in enumerate(continuations[i]):
+            logprobs, best = alone(tiny_model, context + ids)
+            assert out.logprobs[i][j] == pytest.approx(logprobs[len(context) - 1 :], abs=ROUNDING)
+            assert out.is_greedy[i][j] == all(best[len(context) - 1 :])
+
+
 def test_order_and_company_change_nothing(tiny_model):
     """Shuffled, in parts, and with contexts repeated, every answer stays within float32 rounding."""
     contexts, continuations = multiple_choice(60, 4, 30, 3, 5)
@@ -173,27 +193,13 @@ def test_order_and_company_change_nothing(tiny_model):
         assert own.totals[0] == pytest.approx(whole.totals[i], abs=bound)
 
 
-def test_caches_stay_within_the_budget(tiny_model, sharing, monkeypatch):
+def test_caches_stay_within_the_budget(tiny_model, sharing):
     """Tensors that caches hold after each layer's update, counted apart from the walk's own books."""
-    alive: list[weakref.ref] = []
-    peak = [0]
-    update = DynamicLayer.update
-
-    def counted(layer, *args, **kwargs):
-        states = update(layer, *args, **kwargs)
-        alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in states)
-        held = {ref().data_ptr(): ref().nbytes() for ref in alive if ref() is not None}
-        peak[0] = max(peak[0], sum(held.values()))
-        return states
-
-    monkeypatch.setattr(DynamicLayer, "update", counted)
     contexts, continuations = multiple_choice(40, 4, 30, 6, 5)
-    config = tiny_model.config
-    column = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    peaks = []
+    column, peaks = memory.column_bytes(tiny_model), []
     for budget in (150 * column, 400 * column, 2000 * column):
-        peak[0] = 0
-        tiny_model.score_continuations(contexts, continuations, cache_bytes=budget)
+        with memory.counted_caches() as peak:
+            tiny_model.score_continuations(contexts, continuations, cache_bytes=budget)
         peaks.append(peak[0])
         assert peak[0] <= budget
     assert peaks[0] < peaks[1] < peaks[2]

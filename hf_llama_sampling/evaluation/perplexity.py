@@ -139,7 +139,8 @@ class ScoredText:
         """What a token in this place adds to the text; its name in the vocabulary where that is no whole character."""
         if place > 0 and token in self._texts:
             return self._texts[token]
-        (name,) = token_pieces([token], self.llama.tokenizer)
+        known = token < self.llama.tokenizer.n_words  # a model may have more ids than its tokenizer
+        name = token_pieces([token], self.llama.tokenizer)[0] if known else f"<{token}>"
         text = text_after(self.ids[max(place - 1, 0) : place], token, self.llama.text_of, name)
         if place > 0:
             self._texts[token] = text

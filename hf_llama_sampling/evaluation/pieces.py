@@ -9,6 +9,11 @@ from typing import NamedTuple
 _INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
 _LONGEST = 32  # tokens of a piece; a character of 18 bytes, as family emoji are made of, is below
 
+# The characters that stand for bytes in byte-level vocabularies: openai/gpt-2, src/encoder.py, `bytes_to_unicode`.
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _SHOWN}
+_BYTES |= {chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(0x100)) - set(_SHOWN)))}
+
 TextOf = Callable[[Sequence[int]], str]
 
 
@@ -46,7 +51,19 @@ def pieces_of(ids: Sequence[int], text_of: TextOf) -> list[Piece]:
 
 
 def text_after(before: Sequence[int], token: int, text_of: TextOf, name: str) -> str:
-    """What a token would add to a text; its `name` in the vocabulary where that is nothing, or half a character."""
+    """What a token would add to a text; where that is nothing, its `name` in the vocabulary, or its bytes."""
     context = list(before[-1:])
     text = text_of([*context, token])[len(text_of(context)) :]
-    return name if text == "" or _INCOMPLETE in text else text
+    return _spell_bytes(name) if text == "" or _INCOMPLETE in text else text
+
+
+def _spell_bytes(name: str) -> str:
+    """A name of a byte-level vocabulary with its bytes as SentencePiece spells them; any other name as it is.
+
+    >>> _spell_bytes("\u0120\u00e4\u00bd"), _spell_bytes("<0xE4>"), _spell_bytes("</s>")
+    (' <0xE4><0xBD>', '<0xE4>', '</s>')
+    """
+    if name.isascii() or not all(character in _BYTES for character in name):
+        return name
+    found = [_BYTES[character] for character in name]
+    return "".join(chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in found)

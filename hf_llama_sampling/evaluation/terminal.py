@@ -14,7 +14,15 @@ from ..console import on_terminal, say, visible, write
 from .levels import LEAST, NAMES, as_percent, level_of
 from .perplexity import Perplexity, ScoredText, total
 
-_STYLES = ("", "black on #fdf3c7", "black on #fbdc8e", "black on #f7b267", "black on #ef7f5a", "bold white on #b3261e")
+# From cool to hot, readable on light and dark terminals; those with few colours take the nearest that they have.
+_STYLES = (
+    "",
+    "black on #9fc5e8",
+    "black on #d5dde5",
+    "black on #fbdc8e",
+    "black on #f2955c",
+    "bold #ffffff on #b3261e",
+)
 _LISTED = 5  # most surprising pieces
 _GAP = 2  # most characters that a token which is no whole character can account for
 
@@ -39,6 +47,7 @@ def write_coloured(pieces: Coloured) -> None:
 def write_legend() -> None:
     """Print which colour means which probability; nothing where there are no colours."""
     if _console() is not None:
+        write("probability ", end="")
         write_coloured((f" {name} ", math.log(max(least, 1e-9))) for name, least in zip(NAMES, LEAST, strict=True))
 
 

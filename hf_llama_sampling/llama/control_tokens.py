@@ -87,7 +87,12 @@ class ControlTokens:
         Raises:
             ValueError: the tokenizer makes a control token of characters that do not spell it.
         """
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self.tokenizer.encode(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,  # its length is checked where a limit is known
+        )
         if self._control_ids(ids):  # a tokenizer that ignores the option, or has control tokens among its pieces
             ids = self._encode_marked(self._break(text))
         return self._checked(ids, expected=[])

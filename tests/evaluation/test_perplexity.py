@@ -139,3 +139,11 @@ def test_levels_cover_all_probabilities():
     assert [level_of(math.log(p)) for p in (1, 0.5, 0.49, 0.2, 0.05, 0.01, 0.001, 0.0009)] == [0, 0, 1, 1, 2, 3, 4, 5]
     assert level_of(-math.inf) == 5 and level_of(1e-6) == 0
     assert [as_percent(value) for value in (0.0, math.log(0.123), math.log(0.00123))] == ["100%", "12.3%", "0.123%"]
+
+
+def test_ids_that_the_tokenizer_does_not_know_have_a_name(llama, monkeypatch):
+    """A model may embed more ids than its tokenizer has; one of them among the best is shown as its number."""
+    (scored,) = score_texts(llama, [("a", TEXT)], top_logprobs=2)
+    monkeypatch.setattr(llama.tokenizer, "n_words", 500)
+    assert scored.token_text(3, 700) == "<700>"
+    assert scored.token_text(3, llama.tokenizer.bos_id) == "<s>"

@@ -65,6 +65,15 @@ def test_a_decoder_that_rewrites_its_past_gives_one_piece():
     assert pieces_of(ids, lambda part: "".join(map(str, sorted(part, reverse=True)))) == [("321", 0, 0, 3)]
 
 
+def test_half_characters_go_by_their_bytes():
+    """Of either kind of vocabulary, spelled alike."""
+    for ids, decode, name in [
+        (BYTES.encode("\u4f60").ids, lambda ids: BYTES.decode(list(ids)), BYTES.id_to_token),
+        (SENTENCE.encode("\u4f60", False, False)[-3:], SENTENCE.decode, SENTENCE.sp_model.id_to_piece),
+    ]:
+        assert [text_after([], token, decode, name(token)) for token in ids] == ["<0xE4>", "<0xBD>", "<0xA0>"]
+
+
 @pytest.mark.parametrize(("token", "text"), [(SENTENCE.encode("king", False, False)[0], " king"), (2, "</s>")])
 def test_a_token_after_another(token, text):
     """Its blank is there, and a token without characters goes by its name."""

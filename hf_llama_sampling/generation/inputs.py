@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import first_not_none, to_list, to_scalar
+from ..checks import check_count, check_int, first_not_none, to_list, to_scalar
 
 
 def read_prompts(
@@ -215,6 +215,34 @@ def lay_out_beside_tokens(model_kwargs: Mapping[str, Any], mask: Tensor) -> dict
 def beside_tokens(model_kwargs: Mapping[str, Any]) -> list[str]:
     """The names of arguments that hold a value for each token."""
     return [name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None]
+
+
+def check_named_ids(given: Any, rows: int, vocab_size: int) -> list[list[int]]:
+    """The ids whose logprobs are asked for: a list for all rows, or one per row; none for each row if not given.
+
+    >>> check_named_ids([5, 9], 2, 32), check_named_ids([[5], []], 2, 32)
+    ([[5, 9], [5, 9]], [[5], []])
+    """
+    if given is None:
+        return [[]] * rows
+    listed = to_list(given)
+    if listed is None:
+        raise TypeError(f"logprobs_of must be a list of token ids, or one such list per row, got {given!r}")
+    if not listed:
+        raise ValueError("logprobs_of must name at least one token id, got none: leave it out")
+    each = [to_list(ids) for ids in listed]
+    if all(ids is None for ids in each):
+        return [[check_int("logprobs_of", token, least=0, most=vocab_size - 1) for token in listed]] * rows
+    odd = next((row for row, ids in enumerate(each) if ids is None), None)
+    if odd is not None:
+        raise TypeError(
+            f"logprobs_of must be a list of token ids, or one such list per row, got {listed[odd]!r} for row {odd}"
+        )
+    check_count("logprobs_of", len(each), rows)
+    return [
+        [check_int("logprobs_of", token, least=0, most=vocab_size - 1, where=f" for row {row}") for token in ids or []]
+        for row, ids in enumerate(each)
+    ]
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], most: int | None, *, name: str = "max_seq_len") -> None:

@@ -47,7 +47,8 @@ class LoopState:
     probes: list[Tensor] = field(default_factory=list)  # of each step, off the CPU: finite where the logits were sound
     unsound: Tensor | None = None  # (), bool, off the CPU: the last step's logits held nan or inf
     scores: list[TokenScores] = field(default_factory=list)  # of each step's tokens, (B, 1) each
-    drawn_with: list[Tensor] = field(default_factory=list)  # the probability that each step's tokens were drawn with
+    softmax_probs: list[Tensor] = field(default_factory=list)  # of each step's tokens after temperature
+    nucleus_masses: list[Tensor] = field(default_factory=list)  # of the nucleus that each step's tokens were drawn from
 
     @staticmethod
     def before(plan: Plan) -> "LoopState":
@@ -88,11 +89,21 @@ class SamplingProcessor(LogitsProcessor):
         if plan.broadcast_tokens is not None:
             tokens = plan.broadcast_tokens(tokens)
         if plan.wants_scores:
-            state.scores.append(score(logits[:, None], tokens[:, None], plan.top_logprobs))
-            state.drawn_with.append(draw.probs if given is None else torch.where(given >= 0, 1.0, draw.probs))
+            self._record(logits, tokens, draw, None if given is None else given >= 0)
         if self.no_token is None:
             self.no_token = torch.full_like(logits, -torch.inf)
         return self.no_token.scatter(1, tokens[:, None], 0.0)
+
+    def _record(self, logits: Tensor, tokens: Tensor, draw: Draw, forced: Tensor | None) -> None:
+        """Note the scores of a step's tokens (B,), and what they were drawn with; `forced` (B,) ones were not drawn."""
+        asked = self.plan.asked
+        self.state.scores.append(score(logits[:, None], tokens[:, None], asked.ids[:, None], asked.top))
+        assert draw.nucleus_mass is not None
+        probs, mass = draw.softmax_probs, draw.nucleus_mass
+        if forced is not None:
+            probs, mass = torch.where(forced, 1.0, probs), torch.where(forced, 1.0, mass)
+        self.state.softmax_probs.append(probs)
+        self.state.nucleus_masses.append(mass)
 
     def _look_for_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
         """Raise for logits with nan or inf; those of a row that is done or beyond its limit mean nothing.
@@ -271,7 +282,7 @@ def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     """The scores of whole prompts, in a run of their own."""
     others = {name: value for name, value in call.to_model.items() if name != CACHE_NAME}
     return score_prompts(
-        model, generate, plan.prompts, top=plan.top_logprobs, chunk_bytes=plan.chunk_bytes, model_kwargs=others
+        model, generate, plan.prompts, asked=plan.asked, chunk_bytes=plan.chunk_bytes, model_kwargs=others
     )
 
 
@@ -288,7 +299,7 @@ def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: C
         ids[:, 1:],
         columns=plan.start,
         chunk=min(sizes, default=None),
-        top=plan.top_logprobs,
+        asked=plan.asked,
         chunk_bytes=plan.chunk_bytes,
     )
 

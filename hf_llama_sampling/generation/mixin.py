@@ -19,7 +19,7 @@ from .adapters import is_peft_model, refuse_invocation_tokens, through_peft, wit
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .inference import in_inference_mode
-from .inputs import beside_tokens, read_beside_tokens, read_prompts
+from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
 from .options import resolve_alias, sort_keywords
@@ -64,6 +64,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         echo: bool = False,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        logprobs_of: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sampling_logprobs: bool = False,
         seeds: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         max_seq_len: int | None = None,
@@ -85,6 +87,10 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             echo (`bool`): whether `tokens` and `logprobs` start with the prompt.
             logprobs (`bool`): whether to return raw logprobs.
             top_logprobs (`int`): how many best tokens to report at each position.
+            logprobs_of (list of ids, or one such list per prompt, *optional*): ids whose raw logprobs and ranks to
+                report at each position. Rank 1 is the most probable token; of equals the lower id comes first.
+            sampling_logprobs (`bool`): whether to return, beside `logprobs`, those of the same tokens after temperature
+                over the whole vocabulary and after the nucleus, and the nucleus' mass.
             seeds (`int` or one per prompt, *optional*): one stream per prompt; an int means `seed, seed + 1, ...`.
                 The copies that `num_return_sequences` makes of a prompt draw from distinct streams of its seed, the
                 first of them as the prompt alone would.
@@ -114,7 +120,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
 
         Returns:
             transformers' tensor (B, T) for tensor inputs; a [`LlamaGenerateOutput`] for lists, or if `logprobs`,
-            `top_logprobs`, `echo` or `return_dict_in_generate` was asked for.
+            `top_logprobs`, `logprobs_of`, `sampling_logprobs`, `echo` or `return_dict_in_generate` was asked for.
 
         Raises:
             ValueError: a bad value (the rule, the value, the row and the way out are named), or logits with nan or inf.
@@ -146,6 +152,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 echo=echo,
                 logprobs=logprobs,
                 top_logprobs=top_logprobs,
+                logprobs_of=logprobs_of,
+                sampling_logprobs=sampling_logprobs,
                 schedule=schedule,
                 compat=compat,
                 chunk_bytes=chunk_bytes,
@@ -188,6 +196,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         *,
         attention_mask: Tensor | None = None,
         top_logprobs: int = 0,
+        logprobs_of: Sequence[int] | Sequence[Sequence[int]] | None = None,
         start: int | Sequence[int] | None = None,
         max_seq_len: int | None = None,
         stride: int | None = None,
@@ -204,6 +213,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 or longer with `stride`.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): of a padded tensor, on either side.
             top_logprobs (`int`): how many best tokens to report at each position.
+            logprobs_of (list of ids, or one such list per row, *optional*): ids whose logprobs and ranks to report at
+                each position, as for `generate`.
             start (`int` or one per row, defaults to 0): the first position that is asked for. The answer begins with
                 it; no logits are computed for those before it.
             max_seq_len (`int`, *optional*): most tokens of a text, as for `generate`; the model's context if not given.
@@ -233,11 +244,13 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
         rows = _read_prompts(self, prompts, attention_mask, {})
+        named = check_named_ids(logprobs_of, len(rows), vocab_size_of(self))
         return tokens_scored(
             self,
             _transformers_generate(self),
             rows,
             top=top,
+            named=named,
             start=start,
             max_seq_len=max_seq_len,
             stride=stride,

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .plan import Plan
 from .rows import Rows
-from .scoring import TopLogprobs
+from .scoring import NamedLogprobs, TopLogprobs
 from .trimming import FinishReason, answer_span, finish_reason
 
 
@@ -30,8 +30,14 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
             0.0 for a row's first token. With processors that edit logits, completions' are those of the edited logits.
         sampled_logprobs (`list[list[float]]`, *optional*): under the distribution the token was drawn from, after
             temperature and nucleus; 0.0 where nothing was drawn (prompt tokens, greedy rows).
+        temperature_logprobs (`list[list[float]]`, *optional*): after temperature, over the whole vocabulary; 0.0 where
+            nothing was drawn, since greedy is the limit in which one token has all the mass.
+        nucleus_mass (`list[list[float]]`, *optional*): the sum of the nucleus' probabilities after temperature; 1.0
+            where nothing was drawn. `sampled_logprobs` are `temperature_logprobs` minus its logarithm.
         top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
             logprobs, best first; empty for a row's first token.
+        logprobs_of (`list[list[list[tuple[int, float, int]]]]`, *optional*): per position the ids that were asked for
+            with their raw logprobs and ranks; empty for a row's first token.
         finish_reason (`list[str]`): per row `"stop"` (an EOS or a stopping criterion) or `"length"`.
         settings (`dict`): the settings in force.
 
@@ -43,7 +49,10 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
     tokens: list[list[int]] | None = None
     logprobs: list[list[float]] | None = None
     sampled_logprobs: list[list[float]] | None = None
+    temperature_logprobs: list[list[float]] | None = None
+    nucleus_mass: list[list[float]] | None = None
     top_logprobs: list[list[TopLogprobs]] | None = None
+    logprobs_of: list[list[NamedLogprobs]] | None = None
     finish_reason: list[FinishReason] | None = None
     settings: dict[str, Any] | None = None
 
@@ -57,12 +66,15 @@ class LlamaScoreOutput(ModelOutput):
             text's first token, its place holds 0.0, which is no logprob.
         top_logprobs (`list[list[list[tuple[int, float]]]]`, *optional*): per position the k best ids with their raw
             logprobs, best first; empty where nothing stands before.
+        logprobs_of (`list[list[list[tuple[int, float, int]]]]`, *optional*): per position the ids that were asked for
+            with their raw logprobs and ranks; empty where nothing stands before.
         totals (`list[float]`): per row the sum of the logprobs of the tokens that were scored.
         counts (`list[int]`): per row how many tokens were scored: what a perplexity divides by.
     """
 
     logprobs: list[list[float]] | None = None
     top_logprobs: list[list[TopLogprobs]] | None = None
+    logprobs_of: list[list[NamedLogprobs]] | None = None
     totals: list[float] | None = None
     counts: list[int] | None = None
 
@@ -101,9 +113,12 @@ def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str,
     return LlamaGenerateOutput(
         sequences=sequences,
         tokens=cut(rows.tokens),
-        logprobs=cut(rows.logprobs) if plan.logprobs else None,
-        sampled_logprobs=cut(rows.sampled_logprobs) if plan.logprobs else None,
+        logprobs=cut(rows.logprobs) if plan.logprobs or plan.sampling_logprobs else None,
+        sampled_logprobs=cut(rows.sampled_logprobs) if plan.logprobs or plan.sampling_logprobs else None,
+        temperature_logprobs=cut(rows.temperature_logprobs) if plan.sampling_logprobs else None,
+        nucleus_mass=cut(rows.nucleus_mass) if plan.sampling_logprobs else None,
         top_logprobs=cut(rows.top_logprobs) if plan.top_logprobs else None,
+        logprobs_of=cut(rows.logprobs_of) if any(plan.named) else None,
         finish_reason=[
             finish_reason(text[length:], plan.eos_ids, stopped=stopped)
             for (text, length), stopped in zip(texts, rows.stopped, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import PerRow, check_bool, check_choice, check_generator, check_int, first_not_none
 from ..sampling.settings import SamplingSettings, repeat_interleave
-from .inputs import check_lengths, left_padded
+from .inputs import check_lengths, check_named_ids, left_padded
 from .model_info import (
     check_max_seq_len,
     check_positions,
@@ -27,9 +27,11 @@ from .model_info import (
 )
 from .options import Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
 from .schedule import Layout, Schedule, choose_schedule
+from .scoring import Asked
 from .trimming import Compat
 
 Apart = Literal["none", "lengths", "rows"]
+_PER_ROW = ("prompts", "row_ids", "copies", "gen_lens", "limits", "named")  # the fields of a plan with a value per row
 
 
 class Probes(Protocol):
@@ -58,6 +60,8 @@ class Request:
     echo: bool
     logprobs: bool
     top_logprobs: int
+    logprobs_of: Any
+    sampling_logprobs: bool
     schedule: Schedule
     compat: Compat
     chunk_bytes: int
@@ -88,6 +92,8 @@ class Plan:
     echo: bool  # whether the answer starts with the prompt
     logprobs: bool  # whether to return raw logprobs
     top_logprobs: int  # best tokens per position
+    named: list[list[int]]  # for each row the ids whose logprobs and ranks are to be returned
+    sampling_logprobs: bool  # whether to return what each token was drawn with
     compat: Compat  # "meta" keeps the reference's quirks
     chunk_bytes: int  # memory for the logits of one chunk of prompt
     share_prefix: bool | None  # whether rows share the prefill of what they have in common; None: where it pays
@@ -123,7 +129,12 @@ class Plan:
     @property
     def wants_scores(self) -> bool:
         """Whether any logprob is to be returned."""
-        return bool(self.logprobs or self.top_logprobs)
+        return bool(self.logprobs or self.top_logprobs or any(self.named) or self.sampling_logprobs)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What is asked for at each position, beside the logprob of its token."""
+        return Asked(self.top_logprobs, self.named, self.device)
 
     @property
     def scores_unshifted(self) -> bool:
@@ -190,7 +201,7 @@ class Plan:
         def some(values: Any) -> Any:
             return [values[row] for row in rows] if isinstance(values, Sequence) else values
 
-        lists = {name: some(getattr(self, name)) for name in ("prompts", "row_ids", "copies", "gen_lens", "limits")}
+        lists = {name: some(getattr(self, name)) for name in _PER_ROW}
         given = self.sampling
         sampling = SamplingSettings(some(given.temperature), some(given.top_p), some(given.seeds), given.generator)
         return replace(self, sampling=sampling, **lists)
@@ -233,6 +244,8 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         "logprobs", request.logprobs, f"for the best tokens at each position give top_logprobs={request.logprobs}"
     )
     top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
+    named = check_named_ids(request.logprobs_of, len(prompts), vocab_size)
+    sampling_logprobs = check_bool("sampling_logprobs", request.sampling_logprobs)
     chunk_bytes = check_int("chunk_bytes", request.chunk_bytes, least=1)
     copies = check_int("num_return_sequences", first_not_none(options.get("num_return_sequences"), 1), least=1)
     sampling = _sampling_settings(request, call, len(prompts), copies, device)
@@ -262,6 +275,8 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         echo=echo,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
+        named=repeat_interleave(named, copies),
+        sampling_logprobs=sampling_logprobs,
         compat=request.compat,
         chunk_bytes=chunk_bytes,
         share_prefix=_share_prefix(request),

@@ -37,6 +37,8 @@ class Edge:
     logprobs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (n,)
     greedy: Ids = field(default_factory=lambda: np.zeros(0, np.int32))  # (n,) the best token
     top: dict[int, list[tuple[int, float]]] = field(default_factory=dict)  # by index, the best tokens
+    ids: list[int] = field(default_factory=list)  # that some text names
+    named: dict[int, dict[int, tuple[float, int]]] = field(default_factory=dict)  # by index and id, logprob and rank
     weight: int = 0  # edges below it
     longest: int = 0  # end of the longest text below it
 
@@ -53,6 +55,7 @@ class Text:
     tokens: Ids
     first: int  # position of the first token whose score is wanted, at least 1
     begin: int = 0  # position of its own first token in the text that it is a part of
+    named: Sequence[int] = ()  # ids whose logprobs and ranks are wanted too
     leaf: Edge | None = None  # the path that holds all its inputs; None if it has no input whose logits are read
 
     def path(self) -> Iterator[tuple[Edge, int, int]]:
@@ -92,6 +95,14 @@ class Text:
     def top(self) -> list[list[tuple[int, float]]]:
         """The best tokens at each of its positions from `first` on."""
         return [edge.top[index] for edge, begin, end in self.path() for index in range(begin, end)]
+
+    def named_logprobs(self) -> list[list[tuple[int, float, int]]]:
+        """The ids that it names with logprobs and ranks, at each of its positions from `first` on."""
+        return [
+            [(token, *edge.named[index][token]) for token in self.named] if self.named else []
+            for edge, begin, end in self.path()
+            for index in range(begin, end)
+        ]
 
 
 def grow(texts: Sequence[Text], *, shared: bool = True) -> Edge:
@@ -161,6 +172,7 @@ def _mark(text: Text) -> None:
     """Note on a text's path which logits are read, and for which tokens."""
     for edge, begin, end in text.path():
         edge.read[begin:end] = True
+        edge.ids += [token for token in dict.fromkeys(text.named) if token not in edge.ids]
         token = int(text.tokens[edge.start + end])
         if end == len(edge.tokens) or token != edge.tokens[end]:
             edge.at_branch[end - 1, token] = 0.0

@@ -17,7 +17,7 @@ from .plan import Plan
 from .prompt_cache import PromptCache, ReadTexts
 from .releases import CACHE_NAME
 from .scoring import (
-    RowScores,
+    NamedLogprobs,
     TokenScores,
     TopLogprobs,
     concatenate,
@@ -35,8 +35,11 @@ class Rows:
     tokens: list[list[int]]
     stopped: list[bool]  # by a criterion of the caller's
     logprobs: list[list[float]]
-    sampled_logprobs: list[list[float]]
     top_logprobs: list[list[TopLogprobs]]
+    logprobs_of: list[list[NamedLogprobs]]
+    temperature_logprobs: list[list[float]]
+    sampled_logprobs: list[list[float]]
+    nucleus_mass: list[list[float]]
 
 
 def run_parts(
@@ -98,21 +101,34 @@ def collect_rows(plan: Plan, run: Finished) -> Rows:
     width = sequences.shape[1]
     spans = row_spans(plan, run.stops, width)
     tokens = [row[span] for row, span in zip(sequences.tolist(), spans, strict=True)]
-    rows = Rows(tokens, state.by_criterion, [], [], [])
+    rows = Rows(tokens, state.by_criterion, [], [], [], [], [], [])
     if not plan.wants_scores:
         return rows
-    made = width - plan.start
     columns = _score_columns(plan, state, prompt_scores.columns, width)
-    drawn = torch.stack(state.drawn_with[:made], 1).log() if state.drawn_with else columns.logprobs[:, :0]
     for row, span in enumerate(spans):
-        scores = row_scores(columns, row, span)
+        scores = row_scores(columns, row, span, plan.asked)
         if prompt_scores.rows is not None:
-            scores = _with_prompt(prompt_scores.rows[row], scores, plan.lengths[row])
+            scores = scores.after(prompt_scores.rows[row])
         rows.logprobs.append(scores.logprobs)
         rows.top_logprobs.append(scores.top_logprobs)
-        given = plan.start - span.start
-        rows.sampled_logprobs.append(([0.0] * given + drawn[row].tolist())[: len(tokens[row])])
+        rows.logprobs_of.append(scores.named)
+    _collect_draws(rows, plan, state, width - plan.start, spans)
     return rows
+
+
+def _collect_draws(rows: Rows, plan: Plan, state: LoopState, made: int, spans: list[slice]) -> None:
+    """What each token was drawn with; prompt tokens were not drawn, and count as certain as those of greedy rows."""
+    blank = torch.ones(len(spans), plan.start, device=plan.device)
+    probs, masses = (
+        torch.cat([blank, *(values[:, None] for values in steps[:made])], 1)  # (B, columns)
+        for steps in (state.softmax_probs, state.nucleus_masses)
+    )
+    for values, found in (
+        (probs.log(), rows.temperature_logprobs),
+        ((probs / masses).log(), rows.sampled_logprobs),
+        (masses, rows.nucleus_mass),
+    ):
+        found += [row[span] for row, span in zip(values.tolist(), spans, strict=True)]
 
 
 def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, width: int) -> TokenScores:
@@ -121,16 +137,11 @@ def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, wi
     blank = width - (0 if prompts is None else prompts.logprobs.shape[1]) - len(steps)
     return concatenate(
         [
-            *[unscored(len(plan.prompts), blank, plan.top_logprobs, plan.device)] * (blank > 0),
+            *[unscored(blank, plan.asked)] * (blank > 0),
             *([] if prompts is None else [prompts]),
             *steps,
         ]
     )
-
-
-def _with_prompt(prompt: RowScores, row: RowScores, length: int) -> RowScores:
-    """A row's scores with those of its prompt replaced."""
-    return RowScores(prompt.logprobs + row.logprobs[length:], prompt.top_logprobs + row.top_logprobs[length:])
 
 
 def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_kwargs: dict[str, Any]) -> Rows:
@@ -141,14 +152,18 @@ def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_k
     """
     ids, mask = plan.layout()
     given = lay_out_beside_tokens(model_kwargs, mask)
-    scorer = prefill_only(model, generate, ids, ids, plan.top_logprobs, plan.chunk_bytes, given)
+    scorer = prefill_only(model, generate, ids, ids, plan.asked, plan.chunk_bytes, given)
     columns = scorer.scores(plan.offsets)
     whole = slice(0, plan.start)
-    scores = [unshifted_row_scores(columns, row, whole) for row in range(len(plan.prompts))]
+    scores = [unshifted_row_scores(columns, row, whole, plan.asked) for row in range(len(plan.prompts))]
+    nothing_drawn = [[0.0] * length for length in plan.lengths]
     return Rows(
         tokens=[list(prompt) for prompt in plan.prompts],
         stopped=[False] * len(plan.prompts),
         logprobs=[row.logprobs for row in scores],
-        sampled_logprobs=[[0.0] * length for length in plan.lengths],
         top_logprobs=[row.top_logprobs for row in scores],
+        logprobs_of=[row.named for row in scores],
+        temperature_logprobs=nothing_drawn,
+        sampled_logprobs=nothing_drawn,
+        nucleus_mass=[[1.0] * length for length in plan.lengths],
     )

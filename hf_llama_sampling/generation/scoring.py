@@ -8,7 +8,8 @@ not do: it samples nothing and trims nothing.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from .probe import Probe
 
 TopLogprobs = list[tuple[int, float]]
 """The best ids of one position with their raw logprobs, best first."""
+NamedLogprobs = list[tuple[int, float, int]]
+"""The ids that were asked for at one position, in that order, with their raw logprobs and ranks, from 1."""
 
 # For the float32 logits of one chunk and what is made from them. Each chunk reads all weights once more, so a small
 # budget costs time: with 135M weights, 8 rows and 255 columns, 16 MiB takes 1.8 times as long as 128 MiB.
@@ -30,21 +33,68 @@ CHUNK_BYTES = 128 << 20
 _PIECES = 16  # pieces of a budget in which logits are reduced: small enough for a cache, and for what is made of them
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked for at each position, beside the logprob of the token that stands there."""
+
+    top: int  # how many best tokens
+    named: list[list[int]]  # for each row the ids whose logprobs and ranks are wanted
+    device: torch.device
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """(B, n): `named`, with 0 after the shorter lists."""
+        count = max(map(len, self.named))
+        rows = [[*ids, *[0] * (count - len(ids))] for ids in self.named]
+        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), count)
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether all rows ask for the same ids."""
+        return all(ids == self.named[0] for ids in self.named)
+
+    def of_rows(self, rows: Sequence[int]) -> "Asked":
+        """What is asked for in some rows."""
+        return Asked(self.top, [self.named[row] for row in rows], self.device)
+
+
 class TokenScores(NamedTuple):
-    """Logprobs of given tokens, and of the k most probable ones at the same places."""
+    """At the same places the logprobs of given tokens, of the k best ones, and of n named ones with their ranks."""
 
     logprobs: Tensor  # (B, T)
     top_ids: Tensor  # (B, T, k)
     top_logprobs: Tensor  # (B, T, k)
+    named_logprobs: Tensor  # (B, T, n)
+    named_ranks: Tensor  # (B, T, n)
 
 
-def score(logits: Tensor, targets: Tensor, top: int) -> TokenScores:
-    """The targets' logprobs and the `top` best ones. logits: (B, T, V), targets: (B, T)."""
+def score(logits: Tensor, targets: Tensor, ids: Tensor, top: int) -> TokenScores:
+    """Scores of targets, of named ids and of the `top` best. logits: (B, T, V), targets: (B, T), ids: (B, T, n)."""
     logits = logits.float()
     norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # (B, T, 1)
     chosen = (logits.gather(-1, targets[..., None]) - norm).squeeze(-1)
-    best, ids = logits.topk(top, dim=-1) if top else (logits[..., :0], targets[..., None][..., :0])
-    return TokenScores(chosen, ids, best - norm)
+    best, best_ids = logits.topk(top, dim=-1) if top else (logits[..., :0], targets[..., None][..., :0])
+    return TokenScores(chosen, best_ids, best - norm, logits.gather(-1, ids) - norm, ranks(logits, ids))
+
+
+def ranks(logits: Tensor, ids: Tensor) -> Tensor:
+    """The ranks of ids: 1 for the most probable one; among equal logits the lower id comes first.
+
+    Args:
+        logits: (..., V).
+        ids: (..., n).
+
+    >>> ranks(torch.tensor([1.0, 3.0, 1.0, 2.0]), torch.tensor([1, 0, 2]))
+    tensor([1, 3, 4])
+    """
+    found = torch.empty_like(ids)
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    for column in range(ids.shape[-1]):
+        own = ids[..., column : column + 1]
+        value = logits.gather(-1, own)
+        before = (logits > value) | ((logits == value) & (places < own))
+        found[..., column] = before.sum(-1) + 1
+    return found
 
 
 def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
@@ -52,13 +102,16 @@ def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
     return TokenScores(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 
-def score_in_pieces(logits: Tensor, targets: Tensor, top: int, chunk_bytes: int) -> tuple[TokenScores, Tensor]:
+def score_in_pieces(
+    logits: Tensor, targets: Tensor, ids: Tensor, top: int, chunk_bytes: int
+) -> tuple[TokenScores, Tensor]:
     """`score`, and (B, T) whether logits hold nan or inf, with a part of the budget for what is made on the way."""
     batch, width, vocab_size = logits.shape
     rows = rows_per_piece(vocab_size, chunk_bytes)
-    pieces = list(zip(torch.split(logits.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True))
-    scores = concatenate([score(some[None], wanted[None], top) for some, wanted in pieces])
-    bad = torch.cat([nonfinite_rows(some) for some, _ in pieces])
+    flat = (logits.flatten(0, 1), targets.flatten(), ids.flatten(0, 1))
+    pieces = list(zip(*(torch.split(values, rows) for values in flat), strict=True))
+    scores = concatenate([score(some[None], wanted[None], named[None], top) for some, wanted, named in pieces])
+    bad = torch.cat([nonfinite_rows(some) for some, _, _ in pieces])
     return TokenScores(*(column.view(batch, width, *column.shape[2:]) for column in scores)), bad.view(batch, width)
 
 
@@ -74,26 +127,40 @@ class RowScores:
 
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
+    named: list[NamedLogprobs] = field(default_factory=list)
+
+    def after(self, prompt: "RowScores") -> "RowScores":
+        """A row's scores with those of its prompt replaced."""
+        given = len(prompt.logprobs)
+        return RowScores(
+            prompt.logprobs + self.logprobs[given:],
+            prompt.top_logprobs + self.top_logprobs[given:],
+            prompt.named + self.named[given:],
+        )
 
 
-def row_scores(scores: TokenScores, row: int, span: slice) -> RowScores:
-    """One row's scores as lists. Nothing stands before the first token: 0.0, and no best tokens."""
-    found = unshifted_row_scores(scores, row, span)
-    found.logprobs[0], found.top_logprobs[0] = 0.0, []
+def row_scores(scores: TokenScores, row: int, span: slice, asked: Asked) -> RowScores:
+    """One row's scores as lists. Nothing stands before the first token: 0.0, and no best or named tokens."""
+    found = unshifted_row_scores(scores, row, span, asked)
+    found.logprobs[0], found.top_logprobs[0], found.named[0] = 0.0, [], []
     return found
 
 
-def unshifted_row_scores(scores: TokenScores, row: int, span: slice) -> RowScores:
+def unshifted_row_scores(scores: TokenScores, row: int, span: slice, asked: Asked) -> RowScores:
     """One row's scores as lists, the first one's included."""
     ids, best = scores.top_ids[row, span].tolist(), scores.top_logprobs[row, span].tolist()
     tops = [list(zip(i, b, strict=True)) for i, b in zip(ids, best, strict=True)]
-    return RowScores(scores.logprobs[row, span].tolist(), tops)
+    logprobs, places = scores.named_logprobs[row, span].tolist(), scores.named_ranks[row, span].tolist()
+    # Rows with shorter lists have columns that nobody asked for.
+    named = [list(zip(asked.named[row], *both, strict=False)) for both in zip(logprobs, places, strict=True)]
+    return RowScores(scores.logprobs[row, span].tolist(), tops, named)
 
 
-def unscored(rows: int, columns: int, top: int, device: torch.device) -> TokenScores:
+def unscored(columns: int, asked: Asked) -> TokenScores:
     """Columns without scores: logprob 0.0."""
-    best = torch.zeros(rows, columns, top, device=device)
-    return TokenScores(torch.zeros(rows, columns, device=device), best.long(), best)
+    rows, device = len(asked.named), asked.device
+    best, named = (torch.zeros(rows, columns, count, device=device) for count in (asked.top, asked.ids.shape[1]))
+    return TokenScores(torch.zeros(rows, columns, device=device), best.long(), best, named, named.long())
 
 
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
@@ -123,15 +190,15 @@ class PromptScorer:
             none.
         columns: columns of the prompts.
         chunk: columns in one forward at most, or None for all at once.
-        top: best tokens to report at each place.
+        asked: what is asked for at each place, beside the targets.
         chunk_bytes: the memory budget of a chunk.
     """
 
     def __init__(
-        self, name: str, targets: Tensor, *, columns: int, chunk: int | None, top: int, chunk_bytes: int
+        self, name: str, targets: Tensor, *, columns: int, chunk: int | None, asked: Asked, chunk_bytes: int
     ) -> None:
         self.name, self.targets, self.columns, self.chunk = name, targets, columns, chunk or columns
-        self.top, self.chunk_bytes = top, chunk_bytes
+        self.asked, self.chunk_bytes = asked, chunk_bytes
         self.seen = 0  # columns prefilled so far
         self.parts: list[TokenScores] = []
         self.bad: list[Tensor] = []  # (B, n) each: whether a column's logits hold nan or inf
@@ -158,7 +225,9 @@ class PromptScorer:
         if not targets.shape[1]:
             return
         logits = logits[:, : targets.shape[1]]
-        scores, bad = score_in_pieces(logits, targets.to(logits.device), self.top, self.chunk_bytes)
+        ids = self.asked.ids[:, None].expand(-1, targets.shape[1], -1)  # (B, n columns, named ids)
+        there = logits.device
+        scores, bad = score_in_pieces(logits, targets.to(there), ids.to(there), self.asked.top, self.chunk_bytes)
         self.parts.append(TokenScores(*(column.to(targets.device) for column in scores)))
         self.bad.append(bad.to(targets.device))
 
@@ -198,7 +267,7 @@ def score_prompts(
     generate: Callable[..., Any],
     prompts: list[list[int]],
     *,
-    top: int,
+    asked: Asked,
     chunk_bytes: int,
     model_kwargs: dict[str, Any] | None = None,
 ) -> list[RowScores]:
@@ -208,7 +277,7 @@ def score_prompts(
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
         prompts: lists of ids.
-        top: best tokens to report at each position.
+        asked: what is asked for at each position, beside its token.
         chunk_bytes: memory for the logits of one chunk of columns.
         model_kwargs: further arguments of the model's `forward`.
 
@@ -216,14 +285,14 @@ def score_prompts(
         ValueError: logits with nan or inf; row and position are named.
     """
     ids, mask = (tensor.to(device_of(model)) for tensor in right_padded(prompts))
-    columns = unscored(len(prompts), 1, top, ids.device)
+    columns = unscored(1, asked)
     if ids.shape[1] > 1:
         given = lay_out_beside_tokens(model_kwargs or {}, mask)
         # What stands beside the ids, such as an image, goes with all of them; else the last need not be read.
         read = ids if given else ids[:, :-1]
-        scorer = prefill_only(model, generate, read, ids[:, 1:], top, chunk_bytes, given)
+        scorer = prefill_only(model, generate, read, ids[:, 1:], asked, chunk_bytes, given)
         columns = concatenate([columns, scorer.scores([0] * len(prompts), mask[:, 1:])])
-    return [row_scores(columns, row, slice(0, len(prompt))) for row, prompt in enumerate(prompts)]
+    return [row_scores(columns, row, slice(0, len(prompt)), asked) for row, prompt in enumerate(prompts)]
 
 
 def prefill_only(
@@ -231,14 +300,14 @@ def prefill_only(
     generate: Callable[..., Any],
     input_ids: Tensor,
     targets: Tensor,
-    top: int,
+    asked: Asked,
     chunk_bytes: int,
     model_kwargs: dict[str, Any],
 ) -> PromptScorer:
     """Let transformers' loop prefill `input_ids` (B, T) for one token that nobody reads, and score `targets` (B, T)."""
     chunk = chunk_of(model, generate, input_ids, chunk_bytes, whole=bool(beside_tokens(model_kwargs)))
     scorer = PromptScorer(
-        type(model).__name__, targets, columns=input_ids.shape[1], chunk=chunk, top=top, chunk_bytes=chunk_bytes
+        type(model).__name__, targets, columns=input_ids.shape[1], chunk=chunk, asked=asked, chunk_bytes=chunk_bytes
     )
     config = GenerationConfig(do_sample=False, max_new_tokens=1, prefill_chunk_size=chunk)
     mask = torch.ones_like(input_ids)

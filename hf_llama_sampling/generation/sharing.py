@@ -60,7 +60,7 @@ def share_prefill(
     if not leaves_cache(call):
         return None
     ids, mask = plan.layout()
-    first_rows, index = _unique_rows(ids, mask)
+    first_rows, index = _unique_rows(ids, mask, plan.asked.named if scored else None)
     stage = _Stages(model, generate, plan, scored)
     shared = None
     if known and not scored:  # the scores of what is not forwarded are not known
@@ -80,6 +80,8 @@ def _share(
     read, last = 0 if known is None else known.columns, plan.start - 1
     common = _common_columns(plan, first_rows)
     prefix = common if common > read and common * (len(first_rows) - 1) >= least else 0
+    if stage.scored and not plan.asked.same_for_all:
+        prefix = 0  # one row stands for all
     if prefix and not (
         probe.reads_in_chunks(plan.start) and (min(plan.offsets) == max(plan.offsets) or probe.takes_padding())
     ):
@@ -89,7 +91,7 @@ def _share(
         repeats = False
     shared = stage.common_beginning(first_rows, prefix) if prefix else known
     if repeats:
-        shared = stage.unique_rows(ids[first_rows, :last], mask[first_rows, :last], ids[first_rows, 1:], shared)
+        shared = stage.unique_rows(first_rows, ids[:, :last], mask[:, :last], ids[:, 1:], shared)
     return shared
 
 
@@ -106,16 +108,17 @@ def leaves_cache(call: Call) -> bool:
     )
 
 
-def _unique_rows(ids: Tensor, mask: Tensor) -> tuple[list[int], list[int]]:
-    """The first of each kind of row, and for each row which of these it equals. ids, mask: (B, T).
+def _unique_rows(ids: Tensor, mask: Tensor, named: list[list[int]] | None = None) -> tuple[list[int], list[int]]:
+    """The first of each kind of row, and for each row which of these it equals. ids, mask: (B, T); named: B lists.
 
     >>> _unique_rows(torch.tensor([[1, 5], [1, 6], [1, 5]]), torch.ones(3, 2))
     ([0, 1], [0, 1, 0])
     """
-    seen: dict[tuple[Any, Any], int] = {}
+    seen: dict[tuple[Any, ...], int] = {}
     first_rows: list[int] = []
     index: list[int] = []
-    for row, key in enumerate(zip(map(tuple, ids.tolist()), map(tuple, mask.tolist()), strict=True)):
+    columns = (ids.tolist(), mask.tolist(), named or [[]] * len(ids))
+    for row, key in enumerate(zip(*(map(tuple, column) for column in columns), strict=True)):
         if key not in seen:
             seen[key] = len(first_rows)
             first_rows.append(row)
@@ -164,7 +167,7 @@ class _Stages:
         ids = torch.tensor([prompt[:columns]], device=self.plan.device)
         targets = torch.tensor([prompt[1 : columns + 1]], device=self.plan.device)
         # A cache without windows: rows behind padding need columns that a window would have forgotten.
-        found = self.prefill(ids, torch.ones_like(ids), targets, DynamicCache())
+        found = self.prefill(rows[:1], ids, torch.ones_like(ids), targets, DynamicCache())
         offsets = torch.tensor([self.plan.offsets[row] for row in rows], device=self.plan.device)
         places = (torch.arange(columns, device=self.plan.device) - offsets[:, None]).clamp(min=0)  # (U, columns)
         cache = lay_out(found.cache, places, self.model.config.get_text_config(decoder=True))
@@ -173,9 +176,12 @@ class _Stages:
         scores = TokenScores(*(column[0][places] for column in found.scores))
         return SharedPrefill(columns, cache, scores, found.bad[0][places])
 
-    def unique_rows(self, ids: Tensor, mask: Tensor, targets: Tensor, before: SharedPrefill | None) -> SharedPrefill:
-        """One row of each kind, from the cache of the common beginning. ids, mask, targets: (U, T)."""
-        return self.prefill(ids, mask, targets, None if before is None else before.cache, before)
+    def unique_rows(
+        self, rows: list[int], ids: Tensor, mask: Tensor, targets: Tensor, before: SharedPrefill | None
+    ) -> SharedPrefill:
+        """One row of each kind, from the cache of the common beginning. ids, mask, targets: (B, T)."""
+        cache = None if before is None else before.cache
+        return self.prefill(rows, ids[rows], mask[rows], targets[rows], cache, before)
 
     def all_rows(self, shared: SharedPrefill, index: Tensor) -> SharedPrefill:
         """Each row's copy of what was prefilled for its kind. index: (B,)."""
@@ -186,9 +192,18 @@ class _Stages:
         return SharedPrefill(shared.columns, select_rows(shared.cache, index), scores, bad)
 
     def prefill(
-        self, ids: Tensor, mask: Tensor, targets: Tensor, cache: Any, before: SharedPrefill | None = None
+        self,
+        rows: Sequence[int],
+        ids: Tensor,
+        mask: Tensor,
+        targets: Tensor,
+        cache: Any,
+        before: SharedPrefill | None = None,
     ) -> SharedPrefill:
-        """Forward ids (N, T), of which `cache` may hold the first columns; with the targets' scores if wanted."""
+        """Forward ids (N, T), of which `cache` may hold the first columns; with the targets' scores if wanted.
+
+        `rows` (N) are the rows of the batch that they stand for.
+        """
         chunk = chunk_of(self.model, self.generate, ids, self.plan.chunk_bytes) if self.scored else None
         scorer = None
         if self.scored:
@@ -197,7 +212,7 @@ class _Stages:
                 targets,
                 columns=ids.shape[1],
                 chunk=chunk,
-                top=self.plan.top_logprobs,
+                asked=self.plan.asked.of_rows(rows),
                 chunk_bytes=self.plan.chunk_bytes,
             )
             if before is not None:

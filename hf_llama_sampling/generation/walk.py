@@ -24,7 +24,7 @@ from .model_info import device_of, forget_longer_texts, length_limit, vocab_size
 from .prefix import Edge, Ids, Step, Text, grow, steps_below
 from .probe import Probe
 from .releases import CACHE_NAME, cache_in
-from .scoring import columns_per_chunk, needs_one_chunk, nonfinite_rows, rows_per_piece, too_few_logits
+from .scoring import columns_per_chunk, needs_one_chunk, nonfinite_rows, ranks, rows_per_piece, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
 _FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
@@ -371,7 +371,10 @@ class _Walk:
         wanted = [*enumerate(targets), *((where, key[1]) for where, _, key in parting)]
         flat = logits.flatten(0, 1)  # (B * C, V)
         source = torch.as_tensor(rows * len(columns) + at, device=flat.device)
-        chosen, norms, best, top_ids, top_logprobs, bad = self.summarize(flat, source, np.array(wanted))
+        ids = self.named_ids(steps, place, len(rows))
+        chosen, norms, best, top_ids, top_logprobs, named, ranked, bad = self.summarize(
+            flat, source, np.array(wanted), ids
+        )
         for row, step in enumerate(steps):
             for edge, begin in step.edges:
                 places = place[row, begin : begin + len(edge.tokens)]
@@ -388,17 +391,35 @@ class _Walk:
                 if self.top:
                     for index, where in zip(here.nonzero()[0].tolist(), found.tolist(), strict=True):
                         edge.top[index] = list(zip(top_ids[where].tolist(), top_logprobs[where].tolist(), strict=True))
+                if edge.ids:
+                    for index, where in zip(here.nonzero()[0].tolist(), found.tolist(), strict=True):
+                        scores = zip(named[where].tolist(), ranked[where].tolist(), strict=True)
+                        edge.named[index] = dict(zip(edge.ids, scores, strict=False))
         for (where, edge, key), value in zip(parting, chosen[len(rows) :], strict=True):
             edge.at_branch[key] = float(value - norms[where])
 
-    def summarize(self, flat: Tensor, source: Tensor, wanted: npt.NDArray[np.int64]) -> tuple[Any, ...]:
+    def named_ids(self, steps: list[Step], place: npt.NDArray[np.intp], places: int) -> npt.NDArray[np.int64]:
+        """(P, n): the ids that are named at each place that is read, with 0 after the shorter lists."""
+        count = max(len(edge.ids) for step in steps for edge, _ in step.edges)
+        ids = np.zeros((places, count), np.int64)
+        for row, step in enumerate(steps):
+            for edge, begin in step.edges:
+                found = place[row, begin : begin + len(edge.tokens)]
+                ids[found[found >= 0], : len(edge.ids)] = edge.ids
+        return ids
+
+    def summarize(
+        self, flat: Tensor, source: Tensor, wanted: npt.NDArray[np.int64], named: npt.NDArray[np.int64]
+    ) -> tuple[Any, ...]:
         """Of the rows `source` (P,) of logits (N, V): the logits of the `wanted` pairs of place and token (Q, 2), the
-        logs of the normalizers (P,), the best tokens (P,), the `top` best with logprobs (P, k), whether one is nan or
-        inf (P,). All as NumPy arrays, float32."""
+        logs of the normalizers (P,), the best tokens (P,), the `top` best with logprobs (P, k), the logprobs and ranks
+        of the `named` ids (P, n), whether one is nan or inf (P,). All as NumPy arrays, float32."""
         pairs = torch.as_tensor(wanted, device=flat.device)
         chosen = flat[source[pairs[:, 0]], pairs[:, 1]].float()
-        norms, best, top_ids, top_logprobs, bad = [], [], [], [], []
-        for piece in torch.split(source, rows_per_piece(self.vocab_size, self.chunk_bytes)):
+        norms, best, top_ids, top_logprobs, of_named, ranked, bad = [], [], [], [], [], [], []
+        size = rows_per_piece(self.vocab_size, self.chunk_bytes)
+        ids_of = torch.split(torch.as_tensor(named, device=flat.device), size)
+        for piece, own in zip(torch.split(source, size), ids_of, strict=True):
             some = flat[piece].float()
             norm = torch.logsumexp(some, dim=-1)
             values, ids = some.topk(self.top, dim=-1) if self.top else (some[:, :0], piece[:, None][:, :0])
@@ -406,8 +427,10 @@ class _Walk:
             best.append(some.argmax(-1) if self.greedy else piece)
             top_ids.append(ids)
             top_logprobs.append(values - norm[:, None])
+            of_named.append(some.gather(-1, own) - norm[:, None])
+            ranked.append(ranks(some, own))
             bad.append(nonfinite_rows(some))
-        found = (chosen, *(torch.cat(parts) for parts in (norms, best, top_ids, top_logprobs, bad)))
+        found = (chosen, *(torch.cat(parts) for parts in (norms, best, top_ids, top_logprobs, of_named, ranked, bad)))
         return tuple(part.cpu().numpy() for part in found)
 
     def chunks(self, read: npt.NDArray[np.bool_]) -> list[int]:

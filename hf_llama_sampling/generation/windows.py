@@ -58,6 +58,7 @@ def tokens_scored(
     rows: list[list[int]],
     *,
     top: int,
+    named: list[list[int]],
     start: Any,
     max_seq_len: int | None,
     stride: Any,
@@ -65,7 +66,7 @@ def tokens_scored(
     chunk_bytes: int,
     cache_bytes: int,
 ) -> LlamaScoreOutput:
-    """The work of `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids."""
+    """The work of `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids, `named` the ids asked for in each."""
     starts = _check_starts(start, rows)
     size = check_max_seq_len(model, max_seq_len)
     stride = _check_stride(stride, size)
@@ -78,7 +79,10 @@ def tokens_scored(
     check_positions(model, longest if size is None else min(longest, size), "a text")
     refuse_without_order(model, Probe(model, generate))
     firsts = [max(1, at + given) for at in starts]
-    parts = [_cut(text, size, stride, first, given) for text, first in zip(texts, firsts, strict=True)]
+    parts = [
+        _cut(text, windows(len(text), size, stride, first), given, ids)
+        for text, first, ids in zip(texts, firsts, named, strict=True)
+    ]
     score_texts(
         model,
         generate,
@@ -90,27 +94,31 @@ def tokens_scored(
         chunk_bytes=chunk_bytes,
         cache_bytes=cache_bytes,
     )
-    return _output(parts, [at + given == 0 for at in starts], top)
+    return _output(parts, [at + given == 0 for at in starts], top=bool(top), named=any(named))
 
 
-def _cut(text: list[int], size: int | None, stride: int | None, first: int, given: int) -> list[Text]:
-    """A text as the texts that its windows are; the first `given` of its tokens are no tokens of the caller's."""
+def _cut(text: list[int], found: Iterator[Window], given: int, named: list[int]) -> list[Text]:
+    """The texts that a text's windows are; the first `given` of its tokens are no tokens of the caller's."""
     ids = np.array(text, np.int32)
-    found = windows(len(text), size, stride, first)
-    return [Text(ids[part.begin : part.end], part.first - part.begin, part.begin - given) for part in found]
+    return [Text(ids[part.begin : part.end], part.first - part.begin, part.begin - given, named) for part in found]
 
 
-def _output(parts: list[list[Text]], unscored: list[bool], top: int) -> LlamaScoreOutput:
+def _output(parts: list[list[Text]], unscored: list[bool], *, top: bool, named: bool) -> LlamaScoreOutput:
     """The scores of rows out of those of their parts.
 
     Where the answer begins with a token that nothing stands before, its place holds 0.0 as in the reference, which
     counts nowhere.
     """
     logprobs = [[value for part in row for value in part.logprobs()] for row in parts]
-    tops = [[best for part in row for best in part.top()] for row in parts] if top else None
+
+    def joined(of: Callable[[Text], list[Any]]) -> list[list[Any]]:
+        rows = zip(unscored, parts, strict=True)
+        return [[[]] * blank + [found for part in row for found in of(part)] for blank, row in rows]
+
     return LlamaScoreOutput(
         logprobs=[[0.0] * blank + row for blank, row in zip(unscored, logprobs, strict=True)],
-        top_logprobs=None if tops is None else [[[]] * blank + row for blank, row in zip(unscored, tops, strict=True)],
+        top_logprobs=joined(Text.top) if top else None,
+        logprobs_of=joined(Text.named_logprobs) if named else None,
         totals=[math.fsum(row) for row in logprobs],
         counts=[len(row) for row in logprobs],
     )

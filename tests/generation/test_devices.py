@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from hf_llama_sampling.generation import mixin
 from hf_llama_sampling.generation.loop import LoopState, RowStoppingCriteria, SamplingProcessor, random_stream
-from hf_llama_sampling.generation.scoring import PromptScorer, concatenate, score_in_pieces
+from hf_llama_sampling.generation.scoring import Asked, PromptScorer, concatenate, score_in_pieces
 from tests.generation.helpers import EOS, RAGGED, SHORT
 from tests.sampling.helpers import CpuStates
 
@@ -24,7 +24,7 @@ CALLS = {
     "seeds": {"seeds": 1},
     "greedy": {"temperature": 0},
     "per row": {"temperature": [0.5, 0, 1], "top_p": [0.5, 0.9, 1], "seeds": 1, "max_gen_len": [2, 9, 5]},
-    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "logprobs": {"logprobs": True, "top_logprobs": 3, "logprobs_of": [[5], [6, 7], []], "sampling_logprobs": True},
     "no EOS": {"eos_token_id": []},
 }
 
@@ -69,9 +69,11 @@ def test_scoring_stays_on_the_device_and_never_waits(top):
 
     with FakeTensorMode():
         targets = torch.zeros(3, 8, dtype=torch.long, device=ELSEWHERE)
-        scores, bad = score_in_pieces(Output(8).logits, targets, top, chunk_bytes=1 << 16)
+        asked = Asked(top, [[5, 6], [7], []][: 3 if top else 0] or [[]] * 3, ELSEWHERE)
+        ids = asked.ids[:, None].expand(-1, 8, -1)
+        scores, bad = score_in_pieces(Output(8).logits, targets, ids, top, chunk_bytes=1 << 16)
         assert {part.device for part in [*scores, bad]} == {ELSEWHERE}
-        scorer = PromptScorer("a model", targets, columns=9, chunk=4, top=top, chunk_bytes=1 << 16)
+        scorer = PromptScorer("a model", targets, columns=9, chunk=4, asked=asked, chunk_bytes=1 << 16)
         for width in (4, 4, 1):
             assert scorer(lambda logits_to_keep, width=width: Output(width), logits_to_keep=1).logits.shape[1] == 1
         assert concatenate(scorer.parts).logprobs.shape == (3, 8)

@@ -1,10 +1,13 @@
 """Logprobs beside tokens: raw, of the best tokens, and under the distribution drawn from."""
 
+import math
+
 import pytest
 import torch
 
+from hf_llama_sampling.generation.scoring import ranks
 from tests.bounds import ROUNDING
-from tests.generation.helpers import RAGGED, SHORT, at, close, plain_logprobs
+from tests.generation.helpers import BOS, LONG, RAGGED, SHORT, at, close, plain_logprobs
 
 
 def test_logprobs_are_of_the_raw_logits(tiny_model):
@@ -55,3 +58,105 @@ def test_sampled_logprobs(tiny_model):
             ordered /= ordered.sum()
             expected = float(ordered[ids == row[position]].log())
             assert found[position] == pytest.approx(expected, abs=ROUNDING / t)
+
+
+def test_ranks_count_from_the_most_probable_and_ties_go_to_lower_ids():
+    """Against a sort in plain Python, on logits with many ties and with -inf, in any shape."""
+    logits = torch.randint(0, 5, (2, 3, 40), generator=torch.Generator().manual_seed(1)).float()
+    logits[0, 0, :7] = -torch.inf
+    ids = torch.randint(0, 40, (2, 3, 6), generator=torch.Generator().manual_seed(2))
+    for row, wanted, found in zip(
+        logits.view(-1, 40).tolist(), ids.view(-1, 6).tolist(), ranks(logits, ids).view(-1, 6).tolist(), strict=True
+    ):
+        order = sorted(range(40), key=lambda token: (-row[token], token))
+        assert found == [order.index(token) + 1 for token in wanted]
+
+
+def holds_named(found, wanted, expected, scored):
+    """Whether a row's named logprobs are those of `expected` (T, V), with ranks that its rounding allows."""
+    for position, (place, logprobs, counts) in enumerate(zip(found, expected, scored, strict=True)):
+        assert [token for token, _, _ in place] == (wanted if counts else []), position
+        for token, value, rank in place:
+            assert value == pytest.approx(float(logprobs[token]), abs=ROUNDING)
+            surely_before = int((logprobs > logprobs[token] + 2 * ROUNDING).sum())
+            maybe_before = int((logprobs >= logprobs[token] - 2 * ROUNDING).sum())
+            assert surely_before < rank <= maybe_before
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+@pytest.mark.parametrize("wanted", [[5, 989, 5], [[989], [7, 3, 1000], []]], ids=["for all", "per row"])
+def test_logprobs_of(tiny_model, wanted, schedule):
+    """Named ids with logprobs and ranks at every position but a row's first, with echo and without, and as scores."""
+    lists = wanted if isinstance(wanted[0], list) else [wanted] * 3
+    for more in ({}, {"chunk_bytes": 1}, {"share_prefix": True}):
+        out = tiny_model.generate(
+            RAGGED, max_gen_len=6, seeds=1, echo=True, logprobs_of=wanted, schedule=schedule, **more
+        )
+        assert out.logprobs is None and out.top_logprobs is None
+        for row, found, ids in zip(out.tokens, out.logprobs_of, lists, strict=True):
+            holds_named(found, ids, plain_logprobs(tiny_model, row), [False] + [True] * (len(row) - 1))
+    bare = tiny_model.generate(RAGGED, max_gen_len=6, seeds=1, logprobs_of=wanted, schedule=schedule)
+    assert [[len(place) for place in row] for row in bare.logprobs_of] == [
+        [len(ids)] * len(row) for row, ids in zip(bare.tokens, lists, strict=True)
+    ]
+    assert bare.tokens == tiny_model.generate(RAGGED, max_gen_len=6, seeds=1, schedule=schedule).tokens
+
+
+def test_named_ids_of_rows_that_share_their_prompts(tiny_model):
+    """Equal prompts with other ids, copies of a prompt, a common beginning: each row's own ids."""
+    header = [BOS, *range(30, 170)]
+    prompts = [[*header, 5], [*header, 5], [*header, 6, 7], [*header, 5]]
+    wanted = [[5], [6, 8], [989], [5]]
+    for share in (True, None, False):
+        out = tiny_model.generate(
+            prompts, max_gen_len=2, temperature=0, echo=True, logprobs_of=wanted, share_prefix=share
+        )
+        for row, found, ids in zip(out.tokens, out.logprobs_of, wanted, strict=True):
+            holds_named(found, ids, plain_logprobs(tiny_model, row), [False] + [True] * (len(row) - 1))
+    copies = tiny_model.generate([SHORT, LONG], max_gen_len=2, seeds=1, logprobs_of=[[5], [6]], num_return_sequences=2)
+    assert [row[0][0][0] for row in copies.logprobs_of] == [5, 5, 6, 6]
+
+
+def test_named_ids_of_given_texts(tiny_model):
+    """`score_tokens`: texts that share beginnings name other ids; spans, windows and a BOS; any budget."""
+    texts = [[*LONG, 20, 21], [*LONG, 20, 22, 23], LONG, [*LONG, 20, 21], [BOS]]
+    wanted = [[5, 9], [6], [7, 989, 5], [], [5]]
+    for chunk_bytes in (1, 1 << 20):
+        scored = tiny_model.score_tokens(texts, logprobs_of=wanted, chunk_bytes=chunk_bytes)
+        for text, found, ids in zip(texts, scored.logprobs_of, wanted, strict=True):
+            holds_named(found, ids, plain_logprobs(tiny_model, text), [False] + [True] * (len(text) - 1))
+    span = tiny_model.score_tokens(texts[:2], logprobs_of=[5], start=[3, 8], bos=True, max_seq_len=8, stride=7)
+    assert [[place[0][0] for place in row] for row in span.logprobs_of] == [[5] * 6, [5] * 2]
+    assert tiny_model.score_tokens(texts).logprobs_of is None
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+@pytest.mark.parametrize("seeds", [None, 1], ids=["meta", "seeds"])
+def test_the_three_distributions(tiny_model, schedule, seeds):
+    """Raw, after temperature and after the nucleus, and its mass, from a plain forward; greedy is certain."""
+    temperatures, ps = [0.6, 1.7, 0.0], [0.9, 0.5, 0.9]
+    torch.manual_seed(3)
+    out = tiny_model.generate(
+        RAGGED,
+        max_gen_len=8,
+        temperature=temperatures,
+        top_p=ps,
+        seeds=seeds,
+        echo=True,
+        sampling_logprobs=True,
+        schedule=schedule,
+    )
+    for index, (row, prompt, t, p) in enumerate(zip(out.tokens, RAGGED, temperatures, ps, strict=True)):
+        found = [getattr(out, name)[index] for name in ("temperature_logprobs", "sampled_logprobs", "nucleus_mass")]
+        certain = len(row) if t == 0 else len(prompt)
+        assert [values[:certain] for values in found] == [[0.0] * certain, [0.0] * certain, [1.0] * certain]
+        raw = plain_logprobs(tiny_model, row)
+        close([out.logprobs[index]], [at(raw, row)])
+        for position in range(certain, len(row)):
+            scaled = (raw[position].double() / t).log_softmax(-1)
+            ordered = scaled.exp().sort(descending=True).values
+            mass = float(ordered[ordered.cumsum(-1) - ordered <= p].sum())
+            expected = [float(scaled[row[position]]), float(scaled[row[position]]) - math.log(mass), mass]
+            assert [values[position] for values in found] == pytest.approx(expected, abs=2 * ROUNDING / t)
+    plain = tiny_model.generate(RAGGED, max_gen_len=2, seeds=1, logprobs=True)
+    assert plain.temperature_logprobs is None and plain.nucleus_mass is None

@@ -241,3 +241,11 @@ def test_a_call_that_says_what_cache_to_use_is_left_alone(tiny_model, option):
     (plain, shared), forwards = both(tiny_model, PROMPTS["equal"], max_gen_len=2, seeds=1, **option)
     assert shared.tokens == plain.tokens
     assert forwards[0].shapes == forwards[1].shapes
+
+
+def test_equal_rows_behind_a_common_beginning_that_is_worth_sharing(tiny_model):
+    """Where the beginning is shared and the few equal columns after it are not, each row has its own place."""
+    header = [1, *range(3, 203)]
+    prompts = [[*header, 5, 6], [*header, 5, 6], [*header, 8, 9]]
+    expected = [tiny_model.generate([prompt], max_gen_len=3, seeds=[7]).tokens[0] for prompt in prompts]
+    assert tiny_model.generate(prompts, max_gen_len=3, seeds=[7, 7, 7]).tokens == expected

@@ -25,6 +25,8 @@ from .console import (
     write,
     write_json,
     write_logprobs,
+    write_named,
+    write_table,
 )
 from .defaults import BATCH_SIZE, BATCH_TOKENS, TEMPERATURE, TOP_P, WINDOW, __version__
 from .sampling.settings import SamplingSettings
@@ -45,6 +47,7 @@ _LEAST = {
     "num_fewshot": 0,
     "stride": 1,
 }
+_SAMPLING = ("logprobs", "temperature_logprobs", "sampled_logprobs", "nucleus_mass")
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -83,6 +86,8 @@ def complete(arguments: argparse.Namespace) -> int:
             top_p=arguments.settings.top_p,
             max_gen_len=arguments.max_gen_len,
             logprobs=arguments.logprobs,
+            logprobs_of=arguments.logprobs_of,
+            sampling_logprobs=arguments.sampling_logprobs,
             echo=arguments.echo,
             seeds=arguments.seeds,
             stop=arguments.stop or None,
@@ -99,6 +104,11 @@ def complete(arguments: argparse.Namespace) -> int:
             write_logprobs(answer["tokens"], answer["logprobs"])
         else:
             write(answer["generation"])
+        if arguments.sampling_logprobs:
+            write_table(answer["tokens"], {name: answer[name] for name in _SAMPLING if name in answer})
+        if arguments.logprobs_of:
+            names = [str(token) for token in arguments.logprobs_of]
+            write_named(answer["tokens"], names, answer["logprobs_of"])
     return 0
 
 
@@ -342,6 +352,7 @@ def _add_complete(commands: Any) -> None:
     _stop_option(sub)
     sub.add_argument("--echo", action="store_true", help="let the answer start with the prompt")
     sub.add_argument("--logprobs", action="store_true", help="print each token's log-probability, natural logarithm")
+    _logprobs_options(sub, "print")
     sub.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
 
 
@@ -509,6 +520,27 @@ def _stop_option(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _logprobs_options(sub: Any, verb: str) -> None:
+    sub.add_argument(
+        "--logprobs-of",
+        action="append",
+        type=_token,
+        metavar="TOKEN",
+        help=f"{verb} the log-probability and the rank of this token at each position: an id, or a text that is one "
+        "token (text:5 for the text 5); may repeat",
+    )
+    sub.add_argument(
+        "--sampling-logprobs",
+        action="store_true",
+        help=f"{verb} each token's log-probability also after temperature and after the nucleus, and the nucleus' mass",
+    )
+
+
+def _token(text: str) -> int | str:
+    """A token id, or a text; one of digits alone begins with ``text:``."""
+    return int(text) if text.isdecimal() else text.removeprefix("text:")
+
+
 def _seeds(text: str) -> int | list[int]:
     """One seed, or several with commas in between."""
     seeds = [int(part) for part in text.split(",")]
@@ -534,6 +566,7 @@ def _batch_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
     group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
     group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
+    _logprobs_options(group, "return")
     group = sub.add_argument_group("fields")
     group.add_argument(
         "--prompt-field", metavar="NAME", help="the field with the prompt (default: prompt, prompt_tokens or messages)"

@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,6 +69,24 @@ def write_logprobs(tokens: Sequence[str], logprobs: Sequence[float]) -> None:
     joined = "  ".join(pair.replace(" ", "\u00a0") for pair in pairs)
     lines = textwrap.wrap(joined, width=_LINE, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     write("\n".join(lines).replace("\u00a0", " "))
+
+
+def write_table(tokens: Sequence[str], columns: Mapping[str, Sequence[float]]) -> None:
+    """Print a line per token, with a column of numbers for each name."""
+    width = max((len(repr(token)) for token in tokens), default=0)
+    names = [name.replace("_", " ") for name in columns]
+    write("  " + " " * width + "".join(f"  {name}" for name in names))
+    for token, values in zip(tokens, zip(*columns.values(), strict=True), strict=True):
+        numbers = "".join(f"  {value:{len(name)}.4f}" for name, value in zip(names, values, strict=True))
+        write(f"  {token!r:{width}}{numbers}")
+
+
+def write_named(tokens: Sequence[str], names: Sequence[str], found: Sequence[Sequence[tuple[int, float, int]]]) -> None:
+    """Print a line per token, with the logprob and the rank of each named token."""
+    width = max((len(repr(token)) for token in tokens), default=0)
+    for token, place in zip(tokens, found, strict=True):
+        named = "".join(f"  {name} {value:.4f} #{rank}" for name, (_, value, rank) in zip(names, place, strict=False))
+        write(f"  {token!r:{width}}{named}")
 
 
 @contextlib.contextmanager

@@ -56,6 +56,32 @@ def test_complete_logprobs_are_printed_beside_their_tokens(capsys):
         assert f"{token!r} {value:.4f}" in printed
 
 
+def test_complete_prints_named_tokens_and_the_three_distributions(capsys):
+    """In JSON as `text_completion` gives them; in text a line per token, with a column or a pair for each."""
+    asked = ["--logprobs-of", "king", "--logprobs-of", "5", "--logprobs-of", "text:I", "--sampling-logprobs"]
+    call = ["complete", "ROMEO:", *asked, "--max-gen-len", "4", "--seeds", "3"]
+    assert main([*call, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    llama = Llama.build(BUNDLED, BUNDLED, None, None)
+    capsys.readouterr()
+    (expected,) = llama.text_completion(
+        ["ROMEO:"], max_gen_len=4, seeds=3, logprobs_of=["king", 5, "I"], sampling_logprobs=True
+    )
+    assert answer == {"prompt": "ROMEO:", **json.loads(json.dumps(expected))}
+    assert main(call) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()[-9:]]
+    assert lines[0].split("  ")[-4:] == ["logprobs", "temperature logprobs", "sampled logprobs", "nucleus mass"]
+    for row, token in enumerate(answer["tokens"]):
+        numbers = [
+            f"{answer[name][row]:.4f}"
+            for name in ("logprobs", "temperature_logprobs", "sampled_logprobs", "nucleus_mass")
+        ]
+        assert lines[1 + row].startswith(repr(token)) and lines[1 + row].split()[-4:] == numbers
+        pairs = zip(("king", "5", "I"), answer["logprobs_of"][row], strict=True)
+        named = [part for name, (_, value, rank) in pairs for part in (name, f"{value:.4f}", f"#{rank}")]
+        assert lines[5 + row].startswith(repr(token)) and lines[5 + row].split()[-9:] == named
+
+
 NEVER_LOADED = [
     (["complete", "x", "--temperature", "-1"], "temperature must be 0 (greedy) or a finite number above it, got -1.0"),
     (["complete", "x", "--temperature", "nan"], "got nan"),

@@ -21,12 +21,12 @@ _FORWARD = 512  # most tokens of a forward: more would not make it faster per to
 
 
 def refuse_without_place(settings: RunSettings) -> None:
-    """Refuse what continuous batching does not give: numbers about the prompt, and about other tokens than the drawn.
+    """Refuse what continuous batching does not give: numbers about prompts, other tokens and other distributions.
 
     Raises:
         Refused: the settings ask for it.
     """
-    for name in ("score", "prompt_logprobs", "top_logprobs"):
+    for name in ("score", "prompt_logprobs", "top_logprobs", "logprobs_of", "sampling_logprobs"):
         value = getattr(settings, name)
         if value:
             raise Refused(
@@ -106,7 +106,9 @@ class ContinuousEngine:
         )
 
     def _add(self, manager: Any, request: Request) -> bool:
-        """Whether the manager takes the request."""
+        """Whether the manager takes the request; one that names tokens of its own is for the other engine."""
+        if request.named:
+            return False
         try:
             manager.add_request(
                 request.prompt,

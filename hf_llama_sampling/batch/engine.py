@@ -37,13 +37,15 @@ class Engine:
         return self._score(batch) if self.settings.score else self._generate(batch)
 
     def _score(self, batch: Sequence[Request]) -> list[Response]:
-        top = self.settings.top_logprobs
-        scored = self.llama.model.score_tokens([request.prompt for request in batch], top_logprobs=top)
+        top, prompts = self.settings.top_logprobs, [request.prompt for request in batch]
+        scored = self.llama.model.score_tokens(prompts, top_logprobs=top, logprobs_of=_named(batch))
         responses = []
         for row, request in enumerate(batch):
             fields = {"prompt_tokens": request.prompt, "prompt_logprobs": scored.logprobs[row]}
             if top:
                 fields["top_logprobs"] = scored.top_logprobs[row]
+            if request.named:
+                fields["logprobs_of"] = scored.logprobs_of[row]
             responses.append(respond(request, fields, len(request.prompt)))
         return responses
 
@@ -60,17 +62,22 @@ class Engine:
             echo=settings.prompt_logprobs,
             logprobs=settings.logprobs or settings.prompt_logprobs,
             top_logprobs=settings.top_logprobs,
+            logprobs_of=_named(batch),
+            sampling_logprobs=settings.sampling_logprobs,
         )
+        wanted = ["top_logprobs"] * (settings.top_logprobs > 0)
+        wanted += ["temperature_logprobs", "sampled_logprobs", "nucleus_mass"] * settings.sampling_logprobs
         responses = []
         for row, request in enumerate(batch):
             start = len(request.prompt) if settings.prompt_logprobs else 0
             tokens = made.tokens[row][start:]
-            more: dict[str, Any] = {}
-            if settings.top_logprobs:
-                more["top_logprobs"] = made.top_logprobs[row][start:]
+            more: dict[str, Any] = {
+                name: getattr(made, name)[row][start:] for name in [*wanted, *["logprobs_of"] * bool(request.named)]
+            }
             if settings.prompt_logprobs:
                 more |= {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
-            logprobs = made.logprobs[row][start:] if settings.logprobs else None
+            with_logprobs = settings.logprobs or settings.sampling_logprobs
+            logprobs = made.logprobs[row][start:] if with_logprobs else None
             responses.append(respond_with_tokens(self.llama, request, tokens, made.finish_reason[row], logprobs, more))
         return responses
 
@@ -93,6 +100,11 @@ def respond_with_tokens(
     if logprobs is not None:
         fields["logprobs"] = logprobs
     return respond(request, {**fields, **(more or {})}, len(tokens))
+
+
+def _named(batch: Sequence[Request]) -> list[list[int]] | None:
+    """The ids that each row asks for, if any does."""
+    return [list(request.named) for request in batch] if any(request.named for request in batch) else None
 
 
 class OutOfMemoryBackoff:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -18,17 +19,20 @@ from ..checks import check_int, check_temperature, check_top_p
 from ..generation.model_info import vocab_size_of
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
+from ..llama.named_tokens import token_id
 from .jsonl import TOO_DEEP, Field, canonical, canonical_record, find_value, read_object, read_record
 from .settings import FieldNames, RunSettings, check_seed
 
 PROMPTS = ("prompt", "prompt_tokens", "messages")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens", "max_completion_tokens")
-SETTINGS = ("temperature", "top_p", *LIMITS, "seed")
+SETTINGS = ("temperature", "top_p", *LIMITS, "seed", "logprobs_of")
+OUTPUTS = ("logprobs_of",)  # settings that ask for more of an answer, and change no token of it
 IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", "uid", "uuid", "_id")
 # Fields of a response: a kept field may not have one of these names.
 RESPONSE_FIELDS = {
     *("id", "generation", "tokens", "finish_reason", "seed", "logprobs", "top_logprobs"),
     *("prompt_tokens", "prompt_logprobs", "error", "line"),
+    *("logprobs_of", "temperature_logprobs", "sampled_logprobs", "nucleus_mass"),
 }
 # Settings of other samplers, with the values that ask for nothing. Any other value cannot be honoured.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -56,7 +60,7 @@ class Request:
     """A record that can be answered.
 
     `index` counts the input's lines from 0; `id` and `kept` (fields to copy) are JSON text; `limit` is the most new
-    tokens that fit.
+    tokens that fit; `named` are the ids whose logprobs are asked for.
     """
 
     index: int
@@ -67,6 +71,7 @@ class Request:
     limit: int
     seed: int
     kept: tuple[tuple[str, str], ...] = ()
+    named: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ class RecordReader:
         limit, seed = self._limit(values), values.get("seed")
         if seed is None:
             # 53 bits, which every JSON reader keeps.
-            seed = hash64(self.settings.seed, canonical_record(record, self.used), repeat) >> 11
+            drawn_from = {name: field for name, field in record.items() if name not in OUTPUTS}
+            seed = hash64(self.settings.seed, canonical_record(drawn_from, self.used), repeat) >> 11
         return Request(
             index=index,
             id=next((record[name].json for name in self.id_names if name in record), "null"),
@@ -171,6 +177,7 @@ class RecordReader:
             limit=0 if self.settings.score else min(limit, most - len(prompt)),
             seed=check_seed(seed),
             kept=self._kept(record),
+            named=self._named(values),
         )
 
     def _value(self, name: str, field: Field) -> Any:
@@ -222,6 +229,11 @@ class RecordReader:
         if len(numbers) > 1:
             raise ValueError(f"{' and '.join(given)} mean the same and differ: give one of them")
         return numbers.pop() if numbers else self.settings.max_gen_len
+
+    def _named(self, values: dict[str, Any]) -> tuple[int, ...]:
+        """The ids whose logprobs a record asks for: its own, else the run's."""
+        given = values.get("logprobs_of")
+        return self.settings.logprobs_of if given is None else named_in_vocabulary(given, self.llama)
 
     # Prompts
 
@@ -275,6 +287,14 @@ class RecordReader:
                 f"{beyond} of a part: leave it out, or resize the model's embedding"
             )
         return ids
+
+
+def named_in_vocabulary(given: Any, llama: Llama) -> tuple[int, ...]:
+    """The ids of one list of ids and of texts of one token."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise TypeError(f"logprobs_of must be a list of token ids or texts of one token, got {given!r}")
+    most = vocab_size_of(llama.model) - 1
+    return tuple(check_int("logprobs_of", token_id(one, llama.tokenizer), least=0, most=most) for one in given)
 
 
 def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:

@@ -33,7 +33,7 @@ from .fingerprint import fingerprint
 from .ordering import batches, cost
 from .output import Progress, ReorderBuffer, standard_bytes
 from .processes import LeastLoaded, on_main, process_state, wait_for_all
-from .requests import InputIndex, RecordReader, Refused, Request, Response
+from .requests import InputIndex, RecordReader, Refused, Request, Response, named_in_vocabulary
 from .settings import BatchLimits, FieldNames, RunSettings
 from .shards import Shard
 from .store import Existing, RunDirectory, Summary, describe_changes
@@ -57,6 +57,8 @@ def run(
     logprobs: bool = False,
     prompt_logprobs: bool = False,
     top_logprobs: int = 0,
+    logprobs_of: Sequence[int | str] | None = None,
+    sampling_logprobs: bool = False,
     prompt_field: str | None = None,
     id_field: str | None = None,
     keep_fields: bool | Sequence[str] = False,
@@ -71,10 +73,11 @@ def run(
 
     A record holds one of `prompt` (text, put after a BOS), `prompt_tokens` (ids, taken as they are) and `messages` (a
     dialog: in the tokenizer's own chat format if it came with one, else in LLAMA2's), and may hold `temperature`,
-    `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`) and `seed` of its own, and an
-    `id` (or `task_id`, `custom_id`, ...): any JSON value, returned as it is spelled. Its answer holds `id`,
-    `generation`, `tokens`, `finish_reason`, `seed`, and on request `logprobs`, `top_logprobs`, `prompt_tokens` and
-    `prompt_logprobs`. A record that cannot be answered becomes `{"id": ..., "error": ..., "line": ...}` and is logged.
+    `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`), `seed` and `logprobs_of` of its
+    own, and an `id` (or `task_id`, `custom_id`, ...): any JSON value, returned as it is spelled. Its answer holds `id`,
+    `generation`, `tokens`, `finish_reason`, `seed`, and on request `logprobs`, `top_logprobs`, `logprobs_of`,
+    `prompt_tokens`, `prompt_logprobs` and what `sampling_logprobs` adds. A record that cannot be answered becomes
+    `{"id": ..., "error": ..., "line": ...}` and is logged.
 
     - Output line n answers input line n; empty lines at the end are no records. In float32 the answers do not depend on
       batch, window or number of processes, up to the rounding of the logits; with the batch settings as they were, not
@@ -102,6 +105,10 @@ def run(
         logprobs: whether to return each token's raw logprob.
         prompt_logprobs: whether to return the prompt's ids and their raw logprobs, 0.0 for the first.
         top_logprobs: how many best `[id, logprob]` to return at each token.
+        logprobs_of: ids, or texts of one token, to return as `[id, logprob, rank]` at each token, for records without
+            their own.
+        sampling_logprobs: whether to return the `logprobs`, the `temperature_logprobs`, the `sampled_logprobs` (after
+            the nucleus) and the `nucleus_mass` of each token.
         prompt_field: the field that holds the prompt (a text, a list of ids, or messages), if none of the three above.
         id_field: the field that holds the id, if none of the usual.
         keep_fields: names of fields to copy into the answers as they are spelled, or True for all that no rule names.
@@ -140,6 +147,8 @@ def run(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         top_logprobs=top_logprobs,
+        logprobs_of=() if logprobs_of is None else named_in_vocabulary(logprobs_of, llama),
+        sampling_logprobs=sampling_logprobs,
         fields=FieldNames(prompt_field, id_field, keep_fields),  # type: ignore[arg-type]  # a list becomes a tuple
     )
     check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(llama.model))
@@ -445,6 +454,8 @@ def _run_with(
         logprobs=arguments.logprobs,
         prompt_logprobs=arguments.prompt_logprobs,
         top_logprobs=arguments.top_logprobs,
+        logprobs_of=arguments.logprobs_of,
+        sampling_logprobs=arguments.sampling_logprobs,
         prompt_field=arguments.prompt_field,
         id_field=arguments.id_field,
         keep_fields=arguments.keep_field or arguments.keep_fields,

@@ -57,6 +57,8 @@ class RunSettings:
         score: whether to score the prompts and generate nothing.
         logprobs, prompt_logprobs: whether to return them.
         top_logprobs: how many best tokens to return at each position.
+        logprobs_of: ids to return with logprob and rank at each position, for records without their own.
+        sampling_logprobs: whether to return logprobs after temperature and after the nucleus, with its mass.
         fields: see `FieldNames`.
 
     Raises:
@@ -70,6 +72,8 @@ class RunSettings:
     logprobs: bool = False
     prompt_logprobs: bool = False
     top_logprobs: int = 0
+    logprobs_of: tuple[int, ...] = ()
+    sampling_logprobs: bool = False
     fields: FieldNames = field(default_factory=FieldNames)
 
     def __post_init__(self) -> None:
@@ -77,19 +81,25 @@ class RunSettings:
         check_top_p(self.draw.top_p)
         check_int("max_gen_len", self.max_gen_len, least=0)
         check_seed(self.seed)
-        for name in ("score", "logprobs", "prompt_logprobs"):
+        for name in ("score", "logprobs", "prompt_logprobs", "sampling_logprobs"):
             count = getattr(self, name)
             meant = f"top_logprobs={count} returns the {count} best tokens at each position"
-            check_bool(name, count, meant if "logprobs" in name and _is_count(count) else "")
+            check_bool(name, count, meant if name in ("logprobs", "prompt_logprobs") and _is_count(count) else "")
         check_int("top_logprobs", self.top_logprobs, least=0)
-        if self.score and self.logprobs:
+        if self.score and (self.logprobs or self.sampling_logprobs):
             raise ValueError("scoring generates nothing that could have logprobs: the prompt's are always returned")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that play a part, by the names that `run` gives them, for the manifest."""
         names = {"prompt_field": self.fields.prompt, "id_field": self.fields.id, "keep_fields": self.fields.keep}
         named = {name: list(value) if isinstance(value, tuple) else value for name, value in names.items() if value}
-        common = {"mode": "score" if self.score else "generate", "top_logprobs": self.top_logprobs, **named}
+        common: dict[str, Any] = {
+            "mode": "score" if self.score else "generate",
+            "top_logprobs": self.top_logprobs,
+            **named,
+        }
+        if self.logprobs_of:
+            common["logprobs_of"] = [*self.logprobs_of]
         if self.score:
             return common
         return {
@@ -100,6 +110,7 @@ class RunSettings:
             "seed": self.seed,
             "logprobs": bool(self.logprobs),
             "prompt_logprobs": bool(self.prompt_logprobs),
+            **({"sampling_logprobs": True} if self.sampling_logprobs else {}),
         }
 
 

@@ -20,11 +20,13 @@ from ..generation.model_info import check_positions, context_of, eos_ids_of, ref
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.prompt_cache import PromptCache
 from ..generation.schedule import Schedule
+from ..generation.scoring import NamedLogprobs
 from ..generation.trimming import Compat
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
 from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .inputs import as_dialogs, as_rows, as_texts
 from .loading import load_model, load_tokenizer, vocab_sizes
+from .named_tokens import LogprobsOf, named_ids
 from .placement import DeviceMap, MaxMemory, choose_placement
 from .reference_model import with_reference_interface
 from .stopping import Stop, StopStrings
@@ -44,6 +46,10 @@ class CompletionPrediction(_Completion, total=False):
 
     tokens: list[str]
     logprobs: list[float]
+    logprobs_of: list[NamedLogprobs]
+    temperature_logprobs: list[float]
+    sampled_logprobs: list[float]
+    nucleus_mass: list[float]
     stop_reason: str | None
 
 
@@ -56,6 +62,10 @@ class ChatPrediction(_Chat, total=False):
 
     tokens: list[str]
     logprobs: list[float]
+    logprobs_of: list[NamedLogprobs]
+    temperature_logprobs: list[float]
+    sampled_logprobs: list[float]
+    nucleus_mass: list[float]
     stop_reason: str | None
 
 
@@ -188,10 +198,12 @@ class Llama:
         stop_token: int | None = None,
         *,
         seeds: int | Sequence[int] | None = None,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
         streamer: Any = None,
         stopping_criteria: Any = None,
         prompt_cache: PromptCache | None = None,
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
+    ) -> tuple[Any, ...]:
         """Complete a ragged batch of token-id prompts.
 
         Args:
@@ -204,12 +216,19 @@ class Llama:
             stop_token: the id that ends a row instead of EOS, as in Code Llama's package.
             seeds: one stream of random numbers per prompt: an int (`seed, seed + 1, ...`) or one per prompt. A prompt's
                 completion then depends on nothing else in the batch.
+            logprobs_of: tokens whose raw logprobs and ranks to return at each position: ids, or texts of one token, in
+                one list for all prompts or one per prompt. Rank 1 is the most probable token; of equals the lower id
+                comes first.
+            sampling_logprobs: whether to return the raw logprobs, those after temperature, those after the nucleus, and
+                the nucleus' mass.
             streamer: gets the tokens as they come, as transformers' streamers do.
             stopping_criteria: transformers' criteria that end rows.
             prompt_cache: what earlier calls have read, instead of this object's own (`keep_cache` of `Llama`).
 
         Returns:
-            Ids per row, cut before EOS, and logprobs beside them, or None.
+            Ids per row, cut before EOS, and logprobs beside them, or None. With `logprobs_of` or `sampling_logprobs`
+            also a dict with `"logprobs_of"` (per token a list of `(id, logprob, rank)`), `"temperature_logprobs"`,
+            `"sampled_logprobs"` and `"nucleus_mass"`, as far as asked for, beside the ids too.
 
         Raises:
             ValueError: the batch is larger than `max_batch_size`, a prompt is empty or longer than `max_seq_len`, or a
@@ -219,29 +238,55 @@ class Llama:
         >>> llama.generate([[1, 367, 542], [1]], max_gen_len=4, temperature=0.0)
         ([[988, 13, 985, 982], [323, 362, 1017, 633]], None)
         """
-        flags = {
-            "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
-            "echo": check_bool("echo", echo, "the answers then start with their prompts"),
-        }
-        prompts = as_rows(prompt_tokens)
-        self._check_batch(prompts)
-        output: LlamaGenerateOutput = self.model.generate(
-            prompts,
-            return_dict_in_generate=True,
+        tokens, scores = self._generate(
+            prompt_tokens,
             max_gen_len=max_gen_len,
             temperature=temperature,
             top_p=top_p,
+            seeds=seeds,
+            flags=_flags(logprobs, echo, sampling_logprobs),
+            **_given(
+                stop_token=stop_token,
+                logprobs_of=logprobs_of,
+                streamer=streamer,
+                stopping_criteria=stopping_criteria,
+                prompt_cache=prompt_cache,
+            ),
+        )
+        values = scores.pop("logprobs", None)
+        return (tokens, values, scores) if scores else (tokens, values)
+
+    def _generate(
+        self,
+        prompt_tokens: Any,
+        *,
+        flags: dict[str, bool],
+        logprobs_of: LogprobsOf | None = None,
+        stop_token: int | None = None,
+        prompt_cache: PromptCache | None = None,
+        **options: Any,
+    ) -> tuple[list[list[int]], dict[str, list[list[Any]]]]:
+        """The rows' tokens, and by the names of a prediction's fields what was asked for beside each of them."""
+        prompts = as_rows(prompt_tokens)
+        self._check_batch(prompts)
+        rows = len(prompts) if hasattr(prompts, "__len__") else 1  # what has no length is refused by the engine
+        named = named_ids(logprobs_of, rows, self.tokenizer)
+        output: LlamaGenerateOutput = self.model.generate(
+            prompts,
+            return_dict_in_generate=True,
             max_seq_len=self.max_seq_len,
             eos_token_id=self.eos_ids if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
-            seeds=seeds,
+            logprobs_of=named,
             **flags,
             prompt_cache=self.prompt_cache if prompt_cache is None else prompt_cache,
-            **_given(streamer=streamer, stopping_criteria=stopping_criteria),
+            **options,
         )
         assert output.tokens is not None
-        return output.tokens, output.logprobs
+        fields = _score_fields(flags, named=logprobs_of is not None)
+        nothing_named: list[list[Any]] = [[[] for _ in row] for row in output.tokens]
+        return output.tokens, {name: getattr(output, name) or nothing_named for name in fields}
 
     def text_completion(
         self,
@@ -254,6 +299,8 @@ class Llama:
         *,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
         streamer: Any = None,
     ) -> list[CompletionPrediction]:
         """Complete texts, each after a BOS if the tokenizer has one.
@@ -268,7 +315,8 @@ class Llama:
 
         Returns:
             Per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`, with
-            `stop` also `"stop_reason"`: the string that ended the text, or None.
+            `stop` also `"stop_reason"`: the string that ended the text, or None. `logprobs_of` and `sampling_logprobs`
+            add `"tokens"` and fields of the names that `generate` says.
 
         Raises:
             ValueError, TypeError: as `generate`; or a prompt is no text, or a stop string is empty.
@@ -278,14 +326,14 @@ class Llama:
         """
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
         stops = None if stop is None else StopStrings(stop, len(ids))
-        tokens, scores = self.generate(
-            prompt_tokens=ids,
+        tokens, scores = self._generate(
+            ids,
             max_gen_len=self._gen_len(max_gen_len),
             temperature=temperature,
             top_p=top_p,
-            logprobs=logprobs,
-            echo=echo,
-            **_given(seeds=seeds, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
+            seeds=seeds,
+            flags=_flags(logprobs, echo, sampling_logprobs),
+            **_given(logprobs_of=logprobs_of, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
         )
         given = [len(prompt) if echo else 0 for prompt in ids]
         predictions: list[CompletionPrediction] = []
@@ -305,6 +353,8 @@ class Llama:
         chat_format: ChatFormat | None = None,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
     ) -> list[ChatPrediction]:
         """Answer dialogs: an optional system message, then user and assistant in turn, the last from the user.
 
@@ -322,7 +372,8 @@ class Llama:
 
         Returns:
             Per dialog `{"generation": {"role": "assistant", "content": text}}`, with `logprobs` also `"tokens"`, one
-            string each, and `"logprobs"`, with `stop` also `"stop_reason"`.
+            string each, and `"logprobs"`, with `stop` also `"stop_reason"`, and the fields of `logprobs_of` and
+            `sampling_logprobs` as from `text_completion`.
 
         Raises:
             ValueError, TypeError: as `generate`; or a dialog breaks a rule of the format: both are named.
@@ -337,20 +388,24 @@ class Llama:
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
         ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
         stops = None if stop is None else StopStrings(stop, len(listed)).of_rows(asked)
+        flags, named = _flags(logprobs, False, sampling_logprobs), named_ids(logprobs_of, len(listed), self.tokenizer)
         answers: dict[int, tuple[str, dict[str, Any]]] = {}
         if ids or not listed:
             row_seeds = None if seeds is None else [check_seeds(seeds, len(listed))[row] for row in asked]
-            tokens, scores = self.generate(
-                prompt_tokens=ids,
+            tokens, scores = self._generate(
+                ids,
                 max_gen_len=self._gen_len(max_gen_len),
                 temperature=temperature,
                 top_p=top_p,
-                logprobs=logprobs,
-                **_given(seeds=row_seeds, stopping_criteria=self._criteria(stops, ids)),
+                seeds=row_seeds,
+                flags=flags,
+                logprobs_of=None if named is None else [named[row] for row in asked],
+                **_given(stopping_criteria=self._criteria(stops, ids)),
             )
             rows = enumerate(_rows_with_scores(tokens, scores))
             answers = {asked[i]: self._answer(i, answer, row_scores, 0, stops) for i, (answer, row_scores) in rows}
-        nothing: dict[str, Any] = {"tokens": [], "logprobs": []} if logprobs else {}
+        fields = _score_fields(flags, named=named is not None)
+        nothing: dict[str, Any] = {name: [] for name in ("tokens", *fields)} if fields else {}
         nothing |= {} if stop is None else {"stop_reason": None}
         predictions: list[ChatPrediction] = []
         for row, flagged in enumerate(unsafe):
@@ -407,11 +462,11 @@ class Llama:
             stop_token=infilling_ids(self.tokenizer).end,
         )
         predictions: list[InfillingPrediction] = []
-        for prefix, suffix, (row, row_scores) in zip(before, after, _rows_with_scores(tokens, scores), strict=True):
+        for place, (prefix, suffix, row) in enumerate(zip(before, after, tokens, strict=True)):
             text = continuing_text(row, self.tokenizer)
             prediction: InfillingPrediction = {"generation": text, "full_text": prefix + text + suffix}
-            if row_scores is not None:
-                prediction |= {"tokens": token_pieces(row, self.tokenizer), "logprobs": row_scores}
+            if scores is not None:
+                prediction |= {"tokens": token_pieces(row, self.tokenizer), "logprobs": scores[place]}
             predictions.append(prediction)
         return predictions
 
@@ -531,7 +586,7 @@ class Llama:
         return [stops.criterion(prompts, self.text_of)] if stops else None
 
     def _answer(
-        self, row: int, tokens: list[int], scores: list[float] | None, given: int, stops: StopStrings | None
+        self, row: int, tokens: list[int], scores: dict[str, list[Any]], given: int, stops: StopStrings | None
     ) -> tuple[str, dict[str, Any]]:
         """A row's text, and what a prediction holds beside it; the first `given` tokens are an echoed prompt."""
         text = self.text_of(tokens)
@@ -541,8 +596,9 @@ class Llama:
             text = text[: len(text) - cut.dropped]
             tokens = tokens[: given + cut.tokens]
             details["stop_reason"] = cut.reason
-        if scores is not None:
-            details |= {"tokens": [self.text_of([token]) for token in tokens], "logprobs": scores[: len(tokens)]}
+        if scores:
+            details["tokens"] = [self.text_of([token]) for token in tokens]
+            details |= {name: values[: len(tokens)] for name, values in scores.items()}
         return text, details
 
 
@@ -588,8 +644,27 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, bool]:
+    """The switches of a call, checked."""
+    return {
+        "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
+        "echo": check_bool("echo", echo, "the answers then start with their prompts"),
+        "sampling_logprobs": check_bool("sampling_logprobs", sampling_logprobs),
+    }
+
+
+def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
+    """The fields of a prediction that hold something beside each token."""
+    sampling = flags["sampling_logprobs"]
+    return (
+        ["logprobs"] * (flags["logprobs"] or sampling)
+        + ["temperature_logprobs", "sampled_logprobs", "nucleus_mass"] * sampling
+        + ["logprobs_of"] * named
+    )
+
+
 def _rows_with_scores(
-    tokens: list[list[int]], scores: list[list[float]] | None
-) -> list[tuple[list[int], list[float] | None]]:
-    """Each row's tokens and logprobs, if there are any."""
-    return list(zip(tokens, [None] * len(tokens) if scores is None else scores, strict=True))
+    tokens: list[list[int]], scores: dict[str, list[list[Any]]]
+) -> list[tuple[list[int], dict[str, list[Any]]]]:
+    """Each row's tokens, and what was asked for beside them."""
+    return [(row, {name: values[place] for name, values in scores.items()}) for place, row in enumerate(tokens)]

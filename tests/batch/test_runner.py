@@ -85,6 +85,48 @@ def test_logprobs_on_request(llama, tmp_path):
             assert [tuple(pair) for pair in found] == [pytest.approx(pair, abs=ROUNDING) for pair in expected]
 
 
+def test_named_tokens_and_the_three_distributions_on_request(llama, tmp_path):
+    """The run's ids or a record's own, texts or ids, beside completions or prompts; no token and no seed changes."""
+    records = [{"prompt": "the king"}, {"prompt": "what shall I say"}, {"prompt": "my lord", "temperature": 0}]
+    named = [records[0], {**records[1], "logprobs_of": ["king", 7]}, {**records[2], "logprobs_of": []}]
+    (king,) = llama.tokenizer.encode("king", bos=False, eos=False)
+    rows = [[5], [king, 7], []]
+    plain = ask_all(llama, tmp_path, records)
+    asked = {"logprobs_of": [5], "sampling_logprobs": True}
+    full = ask_all(llama, tmp_path, named, name="full", prompt_logprobs=True, **asked)
+    fields = {
+        "logprobs",
+        "temperature_logprobs",
+        "sampled_logprobs",
+        "nucleus_mass",
+        "prompt_tokens",
+        "prompt_logprobs",
+    }
+    for answer, more, ids in zip(plain, full, rows, strict=True):
+        assert answer.items() <= more.items()
+        assert more.keys() - answer.keys() == fields | ({"logprobs_of"} if ids else set())
+        assert {len(more[name]) for name in fields if not name.startswith("prompt")} == {len(answer["tokens"])}
+        if ids:
+            text = more["prompt_tokens"] + answer["tokens"]
+            scored = llama.model.score_tokens([text], logprobs_of=ids, start=len(more["prompt_tokens"]))
+            for found, expected in zip(more["logprobs_of"], scored.logprobs_of[0], strict=True):
+                assert [tuple(one) for one in found] == [pytest.approx(one, abs=ROUNDING) for one in expected]
+    scores = ask_all(llama, tmp_path, named, name="scores", score=True, logprobs_of=["king"], max_gen_len=None)
+    assert [[[one[0] for one in place] for place in score.get("logprobs_of", [])[1:]] for score in scores] == [
+        [[king]] * (len(scores[0]["prompt_tokens"]) - 1),
+        [[king, 7]] * (len(scores[1]["prompt_tokens"]) - 1),
+        [],
+    ]
+    wrong = ask_all(
+        llama,
+        tmp_path,
+        [{"prompt": "a", "logprobs_of": bad} for bad in ("king", [5000], ["the king"], [True])],
+        name="wrong",
+    )
+    says = ["must be a list", "from 0 to 1023, got 5000", "texts of one token", "must be an int, got True"]
+    assert [words in answer["error"] for words, answer in zip(says, wrong, strict=True)] == [True] * 4
+
+
 def test_scoring_generates_nothing(llama, tmp_path):
     """A text's ids and logprobs, whatever the record says of draws; texts of one token and of full length too."""
     texts = [[1], list(range(3, 515)), [1, 5, 6]]

@@ -1,0 +1,58 @@
+"""Tokens whose logprobs are asked for: ids, or texts of one token each.
+
+What this module does not do: it computes no logprob.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..checks import check_count, to_list
+from .tokenizer import TokenizerLike
+
+LogprobsOf = Sequence[int | str] | Sequence[Sequence[int | str]]
+
+
+def named_ids(given: LogprobsOf | None, rows: int, tokenizer: TokenizerLike) -> list[list[Any]] | None:
+    """For each row the ids that it asks for; `generate` checks that they are in the vocabulary.
+
+    Args:
+        given: ids and texts for all rows, or one such list per row.
+        rows: B.
+        tokenizer: makes a token of each text, without BOS.
+
+    Raises:
+        ValueError: no token at all, a text that is not one token, or lists for another number of rows.
+        TypeError: neither of the two kinds of list.
+
+    >>> named_ids([5, "king"], 2, tokenizer)
+    [[5, 542], [5, 542]]
+    """
+    if given is None:
+        return None
+    listed = to_list(given)
+    if listed is None:
+        raise TypeError(
+            f"logprobs_of must be a list of token ids or texts of one token, or one such list per row, got {given!r}"
+        )
+    if not listed:
+        raise ValueError("logprobs_of must name at least one token, got none: leave it out")
+    if all(to_list(token) is None for token in listed):
+        return [[token_id(token, tokenizer) for token in listed]] * rows
+    check_count("logprobs_of", len(listed), rows)
+    return [
+        [token_id(token, tokenizer, f" for row {row}") for token in to_list(tokens) or []]
+        for row, tokens in enumerate(listed)
+    ]
+
+
+def token_id(token: Any, tokenizer: TokenizerLike, where: str = "") -> Any:
+    """The id of a text that is one token; an id is itself."""
+    if not isinstance(token, str):
+        return token
+    ids = tokenizer.encode(token, bos=False, eos=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"logprobs_of takes texts of one token, and {token!r} makes {len(ids)} ({ids}){where}: give an id, or the "
+            "first of these"
+        )
+    return ids[0]

@@ -527,7 +527,7 @@ def _logprobs_options(sub: Any, verb: str) -> None:
         type=_token,
         metavar="TOKEN",
         help=f"{verb} the log-probability and the rank of this token at each position: an id, or a text that is one "
-        "token (text:5 for the text 5); may repeat",
+        "token, with the space before it if it has one (text:5 for the text 5); may repeat",
     )
     sub.add_argument(
         "--sampling-logprobs",

@@ -58,14 +58,14 @@ def test_complete_logprobs_are_printed_beside_their_tokens(capsys):
 
 def test_complete_prints_named_tokens_and_the_three_distributions(capsys):
     """In JSON as `text_completion` gives them; in text a line per token, with a column or a pair for each."""
-    asked = ["--logprobs-of", "king", "--logprobs-of", "5", "--logprobs-of", "text:I", "--sampling-logprobs"]
+    asked = ["--logprobs-of", " king", "--logprobs-of", "5", "--logprobs-of", "text:I", "--sampling-logprobs"]
     call = ["complete", "ROMEO:", *asked, "--max-gen-len", "4", "--seeds", "3"]
     assert main([*call, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     llama = Llama.build(BUNDLED, BUNDLED, None, None)
     capsys.readouterr()
     (expected,) = llama.text_completion(
-        ["ROMEO:"], max_gen_len=4, seeds=3, logprobs_of=["king", 5, "I"], sampling_logprobs=True
+        ["ROMEO:"], max_gen_len=4, seeds=3, logprobs_of=[" king", 5, "I"], sampling_logprobs=True
     )
     assert answer == {"prompt": "ROMEO:", **json.loads(json.dumps(expected))}
     assert main(call) == 0
@@ -77,8 +77,8 @@ def test_complete_prints_named_tokens_and_the_three_distributions(capsys):
             for name in ("logprobs", "temperature_logprobs", "sampled_logprobs", "nucleus_mass")
         ]
         assert lines[1 + row].startswith(repr(token)) and lines[1 + row].split()[-4:] == numbers
-        pairs = zip(("king", "5", "I"), answer["logprobs_of"][row], strict=True)
-        named = [part for name, (_, value, rank) in pairs for part in (name, f"{value:.4f}", f"#{rank}")]
+        pairs = zip((" king", "5", "I"), answer["logprobs_of"][row], strict=True)
+        named = [part for name, (_, value, rank) in pairs for part in (name.strip(), f"{value:.4f}", f"#{rank}")]
         assert lines[5 + row].startswith(repr(token)) and lines[5 + row].split()[-9:] == named
 
 

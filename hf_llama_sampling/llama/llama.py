@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ from .tokenizer import TokenizerLike, TransformersTokenizer
 
 ChatFormat = Literal["auto", "llama2", "template"]
 
+_WithDetails = tuple[list[list[int]], list[list[float]] | None, dict[str, list[list[Any]]]]
 _FLAG_WAY_OUT = "for the best tokens at each place call model.generate(..., top_logprobs=k)"
 
 
@@ -187,6 +188,40 @@ class Llama:
         print(f"Loaded in {time.time() - start:.2f} seconds")
         return llama
 
+    @overload
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        logprobs: bool = ...,
+        echo: bool = ...,
+        stop_token: int | None = ...,
+        *,
+        seeds: int | Sequence[int] | None = ...,
+        streamer: Any = ...,
+        stopping_criteria: Any = ...,
+        prompt_cache: PromptCache | None = ...,
+    ) -> tuple[list[list[int]], list[list[float]] | None]: ...
+    @overload
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        logprobs: bool = ...,
+        echo: bool = ...,
+        stop_token: int | None = ...,
+        *,
+        seeds: int | Sequence[int] | None = ...,
+        logprobs_of: LogprobsOf | None = ...,
+        sampling_logprobs: bool = ...,
+        streamer: Any = ...,
+        stopping_criteria: Any = ...,
+        prompt_cache: PromptCache | None = ...,
+    ) -> _WithDetails: ...
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -203,7 +238,7 @@ class Llama:
         streamer: Any = None,
         stopping_criteria: Any = None,
         prompt_cache: PromptCache | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[list[list[int]], list[list[float]] | None] | _WithDetails:
         """Complete a ragged batch of token-id prompts.
 
         Args:
@@ -216,9 +251,9 @@ class Llama:
             stop_token: the id that ends a row instead of EOS, as in Code Llama's package.
             seeds: one stream of random numbers per prompt: an int (`seed, seed + 1, ...`) or one per prompt. A prompt's
                 completion then depends on nothing else in the batch.
-            logprobs_of: tokens whose raw logprobs and ranks to return at each position: ids, or texts of one token, in
-                one list for all prompts or one per prompt. Rank 1 is the most probable token; of equals the lower id
-                comes first.
+            logprobs_of: tokens whose raw logprobs and ranks to return at each position: ids, or texts of one token as
+                they stand within a text (`" Yes"` is another than `"Yes"`), in one list for all prompts or one per
+                prompt. Rank 1 is the most probable token; of equals the lower id comes first.
             sampling_logprobs: whether to return the raw logprobs, those after temperature, those after the nucleus, and
                 the nucleus' mass.
             streamer: gets the tokens as they come, as transformers' streamers do.

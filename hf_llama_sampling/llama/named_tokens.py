@@ -1,4 +1,4 @@
-"""Tokens whose logprobs are asked for: ids, or texts of one token each.
+"""Tokens whose logprobs are asked for: ids, or texts of one token each, as they stand within a text.
 
 What this module does not do: it computes no logprob.
 """
@@ -18,13 +18,13 @@ def named_ids(given: LogprobsOf | None, rows: int, tokenizer: TokenizerLike) -> 
     Args:
         given: ids and texts for all rows, or one such list per row.
         rows: B.
-        tokenizer: makes a token of each text, without BOS.
+        tokenizer: makes a token of each text.
 
     Raises:
         ValueError: no token at all, a text that is not one token, or lists for another number of rows.
         TypeError: neither of the two kinds of list.
 
-    >>> named_ids([5, "king"], 2, tokenizer)
+    >>> named_ids([5, " king"], 2, tokenizer)
     [[5, 542], [5, 542]]
     """
     if given is None:
@@ -46,13 +46,23 @@ def named_ids(given: LogprobsOf | None, rows: int, tokenizer: TokenizerLike) -> 
 
 
 def token_id(token: Any, tokenizer: TokenizerLike, where: str = "") -> Any:
-    """The id of a text that is one token; an id is itself."""
+    """The id of a text that is one token within a text, so that " Yes" is another than "Yes"; an id is itself."""
     if not isinstance(token, str):
         return token
-    ids = tokenizer.encode(token, bos=False, eos=False)
+    ids = _within_a_text(token, tokenizer)
     if len(ids) != 1:
+        spaced = f" {token}"
+        is_one = token and len(_within_a_text(spaced, tokenizer)) == 1
         raise ValueError(
-            f"logprobs_of takes texts of one token, and {token!r} makes {len(ids)} ({ids}){where}: give an id, or the "
-            "first of these"
+            f"logprobs_of takes texts of one token, and {token!r} makes {len(ids)}{where}: "
+            + (f"give {spaced!r}, which is one" if is_one else "give an id, or another text")
         )
     return ids[0]
+
+
+def _within_a_text(text: str, tokenizer: TokenizerLike) -> list[int]:
+    """The ids of a text that stands after a line's end: tokenizers put a space of their own before a whole text."""
+    before = tokenizer.encode("\n", bos=False, eos=False)
+    ids = tokenizer.encode(f"\n{text}", bos=False, eos=False)
+    # Where the two run together into other tokens, the text stands alone.
+    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text, bos=False, eos=False)

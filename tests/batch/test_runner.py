@@ -88,8 +88,8 @@ def test_logprobs_on_request(llama, tmp_path):
 def test_named_tokens_and_the_three_distributions_on_request(llama, tmp_path):
     """The run's ids or a record's own, texts or ids, beside completions or prompts; no token and no seed changes."""
     records = [{"prompt": "the king"}, {"prompt": "what shall I say"}, {"prompt": "my lord", "temperature": 0}]
-    named = [records[0], {**records[1], "logprobs_of": ["king", 7]}, {**records[2], "logprobs_of": []}]
-    (king,) = llama.tokenizer.encode("king", bos=False, eos=False)
+    named = [records[0], {**records[1], "logprobs_of": [" king", 7]}, {**records[2], "logprobs_of": []}]
+    king = 542
     rows = [[5], [king, 7], []]
     plain = ask_all(llama, tmp_path, records)
     asked = {"logprobs_of": [5], "sampling_logprobs": True}
@@ -111,7 +111,7 @@ def test_named_tokens_and_the_three_distributions_on_request(llama, tmp_path):
             scored = llama.model.score_tokens([text], logprobs_of=ids, start=len(more["prompt_tokens"]))
             for found, expected in zip(more["logprobs_of"], scored.logprobs_of[0], strict=True):
                 assert [tuple(one) for one in found] == [pytest.approx(one, abs=ROUNDING) for one in expected]
-    scores = ask_all(llama, tmp_path, named, name="scores", score=True, logprobs_of=["king"], max_gen_len=None)
+    scores = ask_all(llama, tmp_path, named, name="scores", score=True, logprobs_of=[" king"], max_gen_len=None)
     assert [[[one[0] for one in place] for place in score.get("logprobs_of", [])[1:]] for score in scores] == [
         [[king]] * (len(scores[0]["prompt_tokens"]) - 1),
         [[king, 7]] * (len(scores[1]["prompt_tokens"]) - 1),

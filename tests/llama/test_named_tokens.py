@@ -9,6 +9,7 @@ from tests.bounds import ROUNDING
 from tests.conftest import TINY
 
 PROMPTS = ["ROMEO:", "The king of France is here", "JULIET:\nO"]
+KING = 542  # " king"
 SAMPLING = ["logprobs", "temperature_logprobs", "sampled_logprobs", "nucleus_mass"]
 
 
@@ -32,8 +33,7 @@ def alone(llama, prompt, seed, **asked):
 @pytest.mark.parametrize("echo", [False, True])
 def test_predictions_hold_what_was_asked_for_beside_their_tokens(llama, echo):
     """Each field as the engine gives it for the prompt alone, ids and texts alike, one list or one per prompt."""
-    (king,) = llama.tokenizer.encode("king", bos=False, eos=False)
-    given, rows = ([5, "king"], [[5, king]] * 3) if echo else ([["king"], [], [7, 5]], [[king], [], [7, 5]])
+    given, rows = ([5, " king"], [[5, KING]] * 3) if echo else ([[" king"], [], [7, 5]], [[KING], [], [7, 5]])
     answers = llama.text_completion(
         PROMPTS, max_gen_len=6, seeds=4, echo=echo, logprobs_of=given, sampling_logprobs=True
     )
@@ -54,7 +54,7 @@ def test_generate_adds_a_dict(llama):
     ids = [llama.tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
     plain = llama.generate(ids, 8, seeds=2, logprobs=True)
     assert len(plain) == 2
-    tokens, logprobs, more = llama.generate(ids, 8, seeds=2, logprobs_of=["king"])
+    tokens, logprobs, more = llama.generate(ids, 8, seeds=2, logprobs_of=[" king"])
     assert (tokens, logprobs, list(more)) == (plain[0], None, ["logprobs_of"])
     tokens, logprobs, more = llama.generate(ids, 8, seeds=2, sampling_logprobs=True)
     assert (tokens, logprobs, list(more)) == (*plain, SAMPLING[1:])
@@ -87,8 +87,9 @@ def test_an_unsafe_dialog_has_empty_fields(tiny_model):
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        (["the king of"], ValueError, "texts of one token, and 'the king of' makes 3"),
-        ([[5], ["", 6]], ValueError, "'' makes 0 ([]) for row 1: give an id"),
+        ([" the king of"], ValueError, "texts of one token, and ' the king of' makes 3: give an id"),
+        (["king"], ValueError, "and 'king' makes 2: give ' king', which is one"),
+        ([[5], ["", 6]], ValueError, "'' makes 0 for row 1: give an id"),
         ([], ValueError, "must name at least one token, got none"),
         ("king", TypeError, "must be a list of token ids or texts of one token"),
         ([[5]], ValueError, "one value or one per row, got 1 for 2 rows"),
@@ -99,3 +100,11 @@ def test_what_names_no_token_is_refused(llama, given, error, words):
     with pytest.raises(error) as refusal:
         named_ids(given, 2, llama.tokenizer)
     assert words in str(refusal.value)
+
+
+def test_a_text_is_the_token_that_stands_within_a_text(llama):
+    """With its space or without, or a line's end, whatever the tokenizer puts before a whole text."""
+    before, within = (llama.tokenizer.encode(text, bos=False, eos=False) for text in ("Yes\n", "Yes\nI the\n"))
+    assert within[: len(before)] == before
+    (ids,) = named_ids(["I", " the", "\n"], 1, llama.tokenizer)
+    assert ids == within[len(before) :]

@@ -123,7 +123,10 @@ def test_the_command(tmp_path, capsys):
     assert main(["batch", str(source), str(tmp_path / "a"), *asked]) == 0
     assert main(["batch", str(source), str(tmp_path / "b"), *asked, "--engine", "continuous"]) == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    for option in (["--score"], ["--prompt-logprobs"], ["--top-logprobs", "2"]):
+    for option in (
+        *(["--score"], ["--prompt-logprobs"], ["--top-logprobs", "2"]),
+        *(["--logprobs-of", "5"], ["--sampling-logprobs"]),
+    ):
         assert main(["batch", str(source), str(tmp_path / "c"), *asked, "--engine", "continuous", *option]) == 2
         name = option[0].removeprefix("--").replace("-", "_")
         assert f'engine="continuous" gives the logprobs of new tokens alone, and {name}=' in capsys.readouterr().err

@@ -136,8 +136,7 @@ def run(
     Summary(records=3, errors=0, tokens=412, answered=3, seconds=9.1)
     """
     start = time.monotonic()
-    _check_path("input", input)
-    _check_path("output", output)
+    _check_paths(input=input, output=output)
     check_choice("existing", existing, ("check", "reuse", "restart"))
     settings = RunSettings(
         draw=SamplingSettings(temperature, top_p),
@@ -163,9 +162,10 @@ def run(
     return summary._replace(seconds=time.monotonic() - start)
 
 
-def _check_path(name: str, value: object) -> None:
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f'{name} must be a path, or "-" for a standard stream, got {type(value).__name__}')
+def _check_paths(**paths: object) -> None:
+    for name, value in paths.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f'{name} must be a path, or "-" for a standard stream, got {type(value).__name__}')
 
 
 def _rows(llama: Llama, batch_size: int | None) -> int:

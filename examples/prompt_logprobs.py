@@ -22,8 +22,9 @@ def main(name: str) -> None:
         print(f"{len(tokens)} tokens, perplexity {perplexity(logprobs):.1f}, ended by {reason}\n")
 
     texts = ["the king", "king the"]
-    for text, logprobs in zip(texts, model.score_tokens(tokenizer(texts).input_ids).logprobs, strict=True):
-        print(f"{text!r}: {sum(logprobs):.2f} nats, perplexity {perplexity(logprobs):.1f}")
+    scores = model.score_tokens(tokenizer(texts).input_ids)
+    for text, total, count in zip(texts, scores.totals, scores.counts, strict=True):
+        print(f"{text!r}: {total:.2f} nats, perplexity {math.exp(-total / count):.1f} over {count} tokens")
 
 
 def perplexity(logprobs: list[float]) -> float:

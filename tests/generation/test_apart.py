@@ -36,15 +36,32 @@ def model(request):
 @pytest.mark.parametrize("draw", [{"seeds": [3, 4, 5, 6]}, {"temperature": 0}], ids=["seeds", "greedy"])
 def test_a_row_beside_longer_ones_is_what_it_is_alone(model, schedule, draw):
     """Tokens, reasons and logprobs, in rows' own order, whatever was run before."""
-    asked = {"max_gen_len": [14, 6, 8, 3], "max_seq_len": 64, "echo": True, "logprobs": True, "top_logprobs": 2}
+    asked = {
+        "max_gen_len": [14, 6, 8, 3],
+        "max_seq_len": 64,
+        "echo": True,
+        "sampling_logprobs": True,
+        "top_logprobs": 2,
+    }
+    asked["logprobs_of"] = [[5], [6, 7], [9], [8]]
     batch = model.generate(BATCH, schedule=schedule, eos_token_id=[2, 989], **asked, **draw)
     for row, prompt in enumerate(BATCH):
         own = {"seeds": draw["seeds"][row]} if "seeds" in draw else draw
-        limits = asked | {"max_gen_len": asked["max_gen_len"][row]}
+        limits = asked | {name: [asked[name][row]] for name in ("max_gen_len", "logprobs_of")}
         alone = model.generate([prompt], eos_token_id=[2, 989], **limits, **own)
         assert (alone.tokens[0], alone.finish_reason[0]) == (batch.tokens[row], batch.finish_reason[row])
         close(alone.logprobs, batch.logprobs[row : row + 1])
         close(alone.sampled_logprobs, batch.sampled_logprobs[row : row + 1])
+        close(alone.temperature_logprobs, batch.temperature_logprobs[row : row + 1])
+        close(alone.nucleus_mass, batch.nucleus_mass[row : row + 1])
+        named = [
+            [[value for _, value, _ in place] for place in out[0]]
+            for out in (alone.logprobs_of, batch.logprobs_of[row:])
+        ]
+        close(*named)
+        assert [[token for token, _, _ in place] for place in batch.logprobs_of[row]][1:] == [
+            asked["logprobs_of"][row]
+        ] * (len(batch.tokens[row]) - 1)
         assert torch.equal(batch.sequences[row, len(LONG) - len(prompt) :][: len(prompt)], torch.tensor(prompt))
 
 

@@ -47,10 +47,9 @@ def test_logprobs_of_a_long_prompt_stay_within_the_budget(wide_model, schedule):
     """512 tokens of prompt with echo: the largest tensor is a chunk's, a small part of (B, T, V)."""
     prompts = [list(range(5, 517)), list(range(9, 521))]
     chunk_bytes = 8 << 20
+    asked = {"echo": True, "logprobs": True, "top_logprobs": 2, "logprobs_of": [5, 6], "sampling_logprobs": True}
     with Largest() as largest:
-        output = wide_model.generate(
-            prompts, max_gen_len=2, echo=True, logprobs=True, schedule=schedule, chunk_bytes=chunk_bytes, top_logprobs=2
-        )
+        output = wide_model.generate(prompts, max_gen_len=2, schedule=schedule, chunk_bytes=chunk_bytes, **asked)
     assert [len(row) for row in output.logprobs] == [514, 514]
     weights = 32000 * 16
     assert largest.elements <= max(weights, chunk_bytes // 4)
@@ -61,7 +60,7 @@ def test_score_tokens_stays_within_the_budget(wide_model):
     """The same bound for scoring, at four times the rows."""
     prompts = [list(range(5 + i, 517 + i)) for i in range(8)]
     with Largest() as largest:
-        scores = wide_model.score_tokens(prompts, chunk_bytes=16 << 20)
+        scores = wide_model.score_tokens(prompts, chunk_bytes=16 << 20, logprobs_of=[5, 6])
     assert len(scores.logprobs) == 8
     assert largest.elements <= (16 << 20) // 4
 

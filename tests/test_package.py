@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama_sampling
 from hf_llama_sampling.generation.releases import OLDEST
+from tests import matrix
 from tests.conftest import HERE, PACKAGE, TINY
 
 ROOT = HERE.parent
@@ -122,6 +123,17 @@ def test_the_oldest_transformers_is_said_once():
     """pyproject.toml, the sentence of the import and both READMEs name the same floor."""
     assert f'"transformers>={OLDEST}"' in (ROOT / "pyproject.toml").read_text()
     assert all(f"transformers >= {OLDEST}" in (ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+
+
+def test_the_matrix_begins_at_the_floors():
+    """`make matrix` runs the oldest releases that pyproject.toml allows, and the ones that the tests are pinned to."""
+    floors = re.findall(r'"(torch|transformers)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert sorted(matrix.RELEASES["floor"]) == [f"{name}=={version}.0" for name, version in sorted(floors)]
+    pinned = (HERE / "constraints.txt").read_text().splitlines()
+    assert set(matrix.RELEASES["pinned"]) <= set(pinned)
+    kept = matrix.constraints(matrix.RELEASES["floor"]).splitlines()
+    assert set(matrix.RELEASES["floor"]) <= set(kept)
+    assert sum(line.startswith("torch==") for line in kept) == 1
 
 
 @pytest.fixture(scope="module")

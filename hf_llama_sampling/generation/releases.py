@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers.generation import GenerateDecoderOnlyOutput
 
-OLDEST = "5.20"  # also in pyproject.toml; docs/versions.md says why
+OLDEST = "5.23"  # also in pyproject.toml; docs/versions.md says why
 
 # Releases from 5.24 on say `cache` in every signature and output, and warn of the older name.
 CACHE_NAMES = ("past_key_values", "cache")
@@ -27,7 +27,7 @@ def check_release(version: str = transformers.__version__) -> None:
 
     >>> check_release("4.57.6")
     Traceback (most recent call last):
-    ImportError: hf_llama_sampling needs transformers 5.20 or newer, got 4.57.6, ...
+    ImportError: hf_llama_sampling needs transformers 5.23 or newer, got 4.57.6, ...
     """
     if Version(version) < Version(OLDEST):
         raise ImportError(

@@ -50,7 +50,7 @@ def deep_models(positions: int) -> Models:
         vocab_size=500,
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=8,
         num_attention_heads=4,
         max_position_embeddings=positions,
         eos_token_id=None,
@@ -70,7 +70,7 @@ def shared_prefix(models: Models, length: int) -> Iterator[Line]:
     prompt = models.prompts([length])
 
     def samples(copies: int) -> Any:
-        return models.ours.generate(prompt, max_gen_len=2, seeds=0, num_return_sequences=copies, share_prefix=True)
+        return models.ours.generate(prompt, max_gen_len=4, seeds=0, num_return_sequences=copies, share_prefix=True)
 
     samples(2)  # the trials of a first call are over
     one, two = (peak_bytes(lambda copies=copies: samples(copies)) for copies in (1, 2))

@@ -113,6 +113,17 @@ def test_a_prefill_is_cut_into_chunks(plain):
     assert torch.equal(out.sequences, greedy(plain).sequences)
 
 
+def test_chunks_go_on_from_a_cache(plain):
+    """`generation/sharing.py` with `generation/scoring.py`: what a cache holds is not read again in chunks."""
+    name = Recorder.cache_name()
+    ids = torch.tensor([[1, 5, 6, 7, 8, 9, 10]])
+    prefix = greedy(plain, ids[:, :3], steps=1)
+    recorder = Recorder.of(plain)
+    out = greedy(recorder, ids, prefill_chunk_size=2, **{name: prefix[name]})
+    assert [call["input_ids"].tolist() for call in recorder.calls[:2]] == [[[7, 8]], [[9, 10]]]
+    assert torch.equal(out.sequences, greedy(plain, ids).sequences)
+
+
 def test_processors_share_their_tensor_with_output_logits(plain):
     """`sampling/processors.py`: a processor that worked in place would change the raw logits that are handed out."""
 

@@ -1,6 +1,7 @@
 """Continuous batching: a request's tokens are those of `generate(seeds=)`, whatever else is in flight."""
 
 import collections
+import copy
 import random
 import sys
 import types
@@ -162,7 +163,7 @@ def iter_finished(manager, count):
 
 def test_settings_come_from_request_then_manager_then_metas_defaults(tiny_model):
     """A checkpoint contributes none; a config in the call does."""
-    model = with_llama_generation(tiny_model)
+    model = copy.copy(tiny_model)
     model.generation_config = transformers.GenerationConfig(eos_token_id=EOS, temperature=1.7, top_k=3, do_sample=True)
     expected = tiny_model.generate(RAGGED, max_gen_len=9, seeds=3).tokens
     assert answers(model.generate_batch(RAGGED, max_new_tokens=9, seeds=3)) == expected

@@ -100,7 +100,7 @@ def dialogs_of(llama, **asked):
     return answers, forwarded
 
 
-@pytest.mark.parametrize("asked", [{"seeds": [3, 4]}, {"temperature": 0.9}], ids=str)
+@pytest.mark.parametrize("asked", [{"temperature": 0.0}, {"seeds": [3, 4]}, {"temperature": 0.9}], ids=str)
 def test_chat_completion_goes_on_where_the_cache_is_kept(llama, tiny_model, asked):
     """Rows of two dialogs: the same tokens with fewer read; logprobs within rounding."""
     keeping = Llama(tiny_model, llama.tokenizer, keep_cache=True)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import transformers
-from packaging.version import Version
 
 from tests.conftest import TINY
 
@@ -102,8 +101,6 @@ def test_the_pipelines_own_words(pipe, tiny_model, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_more_output_is_left_out(pipe, batch_size):
     """`logprobs` and `echo` change no text: a pipeline has no place for what else they give."""
-    if batch_size > 1 and Version(transformers.__version__) < Version("5.23"):
-        pytest.skip("pipelines before transformers 5.23 take no output beside the tokens in a batch, their own neither")
     plain = pipe(TEXTS, batch_size=batch_size, **ASKED)
     more = pipe(TEXTS, batch_size=batch_size, logprobs=True, echo=True, top_logprobs=2, **ASKED)
     assert [answer[0]["generated_text"] for answer in more] == [answer[0]["generated_text"] for answer in plain]

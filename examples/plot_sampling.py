@@ -8,6 +8,7 @@ MODEL is a transformers folder or a GGUF file; the bundled model if it is left o
 import sys
 
 import matplotlib
+import numpy as np
 import torch
 
 from hf_llama_sampling import Llama, LlamaTopPLogitsWarper
@@ -30,12 +31,14 @@ def main(file: str, name: str = str(BUNDLED)) -> None:
         )
     heat.set(title="softmax(logits / temperature)", xlabel="token, by logit", ylabel="probability")
     heat.legend()
-    for axes, text in ((flat, "I think that the"), (peaked, "To be, or not to")):
-        probs = next_token(llama, text).sort(descending=True).values.numpy()
-        kept = int((probs.cumsum() - probs <= 0.9).sum())
-        ranks = range(1, len(probs) + 1)
-        axes.fill_between(ranks, probs, step="mid", color="lightgray", label="dropped")
-        axes.fill_between(ranks[:kept], probs[:kept], step="mid", color="tab:blue", label=f"kept at p = 0.9: {kept}")
+    texts = ("I think that the", "To be, or not to", "ROMEO")  # the flattest and the most peaked are drawn
+    drawn = [(text, next_token(llama, text).sort(descending=True).values.numpy()) for text in texts]
+    drawn.sort(key=lambda pair: nucleus_size(pair[1]))
+    for axes, (text, probs) in ((flat, drawn[-1]), (peaked, drawn[0])):
+        kept = nucleus_size(probs)
+        edges = np.arange(len(probs) + 1) + 0.5  # of the bars, by rank
+        axes.stairs(probs[kept:], edges[kept:], fill=True, color="lightgray", label="dropped")
+        axes.stairs(probs[:kept], edges[: kept + 1], fill=True, color="tab:blue", label=f"kept at p = 0.9: {kept}")
         axes.axvline(kept + 0.5, color="black", linestyle=":")
         axes.set(title=f"next token after {text!r}", xlabel="rank", ylabel="probability", xscale="log", ylim=(0, None))
         axes.legend()
@@ -48,6 +51,11 @@ def main(file: str, name: str = str(BUNDLED)) -> None:
     edge.set_ylim(0, 0.7)
     edge.legend()
     figure.savefig(file, dpi=110)
+
+
+def nucleus_size(probs: np.ndarray) -> int:
+    """How many tokens of a distribution, best first, LLAMA2 keeps at p = 0.9."""
+    return int((probs.cumsum() - probs <= 0.9).sum())
 
 
 def next_token(llama: Llama, text: str) -> torch.Tensor:

@@ -211,12 +211,13 @@ def score(arguments: argparse.Namespace) -> int:
     """Print how probable a model finds each token of given texts, and their perplexities; write the HTML page."""
     check_stdout("score")
     with exit_on_interrupt():
-        from .evaluation.page import check_target, page, write_page
+        from .evaluation.files import check_target, write_whole
+        from .evaluation.page import is_page, page
         from .evaluation.perplexity import score_texts, total
         from .evaluation.terminal import write_scores
 
     kept = [*arguments.files, 0, 1]  # files, standard input and output
-    target = None if arguments.html is None else check_target(arguments.html, kept)
+    target = None if arguments.html is None else check_target(arguments.html, kept, "page", is_page)
     files = arguments.files or ["-"]
     if "-" in files and on_terminal(sys.stdin):
         say("A text; Ctrl-D ends it.")
@@ -225,7 +226,7 @@ def score(arguments: argparse.Namespace) -> int:
     scored = score_texts(_load(arguments), texts, **how)
     if target is not None:
         model = "tiny_llama (bundled)" if arguments.model == BUNDLED else str(arguments.model)
-        write_page(check_target(arguments.html, kept), page(scored, model))
+        write_whole(check_target(arguments.html, kept, "page", is_page), page(scored, model))
     if arguments.json:
         for text in scored:
             write_json(text.record())
@@ -242,8 +243,10 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     """Run lm-evaluation-harness with this package's model class, and print its table."""
     check_stdout("lm-eval")
     with exit_on_interrupt():
-        from .evaluation.report import evaluate
+        from .evaluation.files import check_target, write_whole
+        from .evaluation.report import evaluate, is_results
 
+    target = None if arguments.output is None else check_target(arguments.output, [0, 1], "file of results", is_results)
     llama = _load(arguments)
     table, results = evaluate(
         llama,
@@ -255,9 +258,9 @@ def lm_eval(arguments: argparse.Namespace) -> int:
         seeds=arguments.seed,
         apply_chat_template=arguments.apply_chat_template,
     )
-    if arguments.output:
-        Path(arguments.output).write_text(results, encoding="utf-8")
     write(table)
+    if target is not None:
+        write_whole(target, results)
     return 0
 
 
@@ -471,7 +474,7 @@ def _add_lm_eval(commands: Any) -> None:
     sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=1, help="of sampled tasks (default: %(default)s)")
     sub.add_argument("--apply-chat-template", action="store_true", help="write questions in the tokenizer's own format")
-    sub.add_argument("--output", metavar="FILE", help="where to write the results as JSON")
+    sub.add_argument("--output", metavar="FILE", help="where to write the results as JSON; replaces only such files")
     _model_options(sub, compat=False)
 
 

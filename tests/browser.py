@@ -19,6 +19,10 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+class BrowserEnded(Exception):
+    """The browser's end of the pipes is closed, or nothing comes from it."""
+
+
 class Browser:
     """One page of a browser.
 
@@ -45,10 +49,14 @@ class Browser:
         self._numbers, self._unread = itertools.count(1), b""
         self.events: list[dict[str, Any]] = []
         self._session: str | None = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Network", "Log"):
+                self.call(f"{domain}.enable")
+        except BrowserEnded:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the browser."""
@@ -63,7 +71,10 @@ class Browser:
         message: dict[str, Any] = {"id": number, "method": method, "params": arguments}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
+        try:
+            os.write(self._out, json.dumps(message).encode() + b"\0")
+        except BrokenPipeError as error:
+            raise BrowserEnded("it has ended") from error
         while (answer := self._read()).get("id") != number:
             self.events.append(answer)
         assert "error" not in answer, f"{method}: {answer['error']}"
@@ -107,9 +118,11 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
-            assert select.select([self._in], [], [], _PATIENCE)[0], "the browser does not answer"
+            if not select.select([self._in], [], [], _PATIENCE)[0]:
+                raise BrowserEnded("it does not answer")
             block = os.read(self._in, 1 << 20)
-            assert block, "the browser has ended"
+            if not block:
+                raise BrowserEnded("it has ended")
             self._unread += block
         message, _, self._unread = self._unread.partition(b"\0")
         return json.loads(message)

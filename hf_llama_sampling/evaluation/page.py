@@ -1,7 +1,7 @@
 """Scored texts as one HTML page that needs nothing else: a heat map of the text, with what else was probable.
 
 Every text is escaped, and the page's policy lets no script or style run but the two in this folder, and nothing be
-fetched. What this module does not do: it computes no number.
+fetched. What this module does not do: it computes no number, and writes no file (see `files`).
 """
 
 import base64
@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -30,49 +29,10 @@ _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # joiners are parts of scripts and emo
 _CLOSED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
-def check_target(path: str, inputs: Sequence[str | int]) -> Path:
-    """Where a page may be written: a new file, or a page of this command's that it replaces.
-
-    Args:
-        path: as it was given.
-        inputs: paths and open descriptors of what must not be overwritten.
-
-    Raises:
-        ValueError: it is one of the inputs, another kind of file, or in no folder.
-
-    >>> check_target("report.html", ["text.txt"])
-    PosixPath('/home/me/report.html')
-    """
-    if path in ("", "-"):
-        raise ValueError(f"the page needs a file of its own, got {path!r}: give its name, such as report.html")
-    target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise ValueError(f"the page's folder {str(target.parent)!r} is not there: make it, or name another")
-    if not target.exists():
-        return target
-    if any(_same_file(target, source) for source in inputs):
-        raise ValueError(
-            f"the page must not overwrite what is read or printed to, and {path!r} is that: name another file"
-        )
-    if not _is_page(target):
-        raise ValueError(
-            f"the page replaces only pages of this command, and {path!r} is something else: name another file, or move "
-            "this one away"
-        )
-    return target
-
-
-def write_page(target: Path, content: str) -> None:
-    """Write a page whole or not at all; what stood there is kept until then."""
-    number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
-    try:
-        with open(number, "w", encoding="utf-8", newline="") as file:
-            file.write(content)
-        os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that this module made."""
+    with file.open("rb") as opened:
+        return opened.read(len(_MARK)) == _MARK.encode()
 
 
 def page(texts: Sequence[ScoredText], model: str) -> str:
@@ -323,26 +283,3 @@ def _read(name: str) -> str:
 def _hash(content: str) -> str:
     """A script or style as the policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def _is_page(target: Path) -> bool:
-    """Whether a file was written by `write_page`."""
-    if not target.is_file():
-        return False
-    with target.open("rb") as file:
-        return file.read(len(_MARK)) == _MARK.encode()
-
-
-def _same_file(target: Path, source: str | int) -> bool:
-    """Whether a path is a file that is open, or has another name."""
-    try:
-        return os.path.samestat(target.stat(), os.stat(source))
-    except OSError:
-        return False
-
-
-def _umask() -> int:
-    """The process' mask for new files, which can be read by setting it alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,6 +5,7 @@ What this module does not do: it knows no task and no metric.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..llama.llama import Llama
@@ -51,3 +52,12 @@ def evaluate(
         table += "\n" + str(make_table(results, "groups"))
     kept = {name: value for name, value in results.items() if name != "samples"}
     return table, json.dumps(kept, indent=1, default=handle_non_serializable)
+
+
+def is_results(file: Path) -> bool:
+    """Whether a file holds the harness' results as `evaluate` returns them."""
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "results" in found

@@ -1,18 +1,15 @@
-"""The HTML page: escaped, self-contained, and written only where nothing is lost."""
+"""The HTML page: escaped and self-contained."""
 
 import base64
 import hashlib
 import json
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from hf_llama_sampling import Llama, Tokenizer
-from hf_llama_sampling.evaluation import page as module
-from hf_llama_sampling.evaluation.page import check_target, page, write_page
+from hf_llama_sampling.evaluation.page import page
 from hf_llama_sampling.evaluation.perplexity import score_texts
 from tests.conftest import TINY
 
@@ -102,47 +99,3 @@ def test_nothing_outside_is_named(scored):
 def test_the_page_is_the_same_each_time(scored):
     """No date, no chance: pages of two runs can be compared."""
     assert page(scored, "model") == page(scored, "model")
-
-
-def test_only_pages_of_this_command_are_replaced(tmp_path, monkeypatch, scored):
-    """New files and older pages; not inputs by any name, other files, empty ones, folders, nor files in no folder."""
-    monkeypatch.chdir(tmp_path)
-    content = page(scored[1:], "model")
-    write_page(check_target("new.html", ["text.txt"]), content)
-    assert Path("new.html").read_text() == content
-    write_page(check_target("new.html", ["text.txt"]), content + "<!-- again -->")
-    assert Path("new.html").read_text().endswith("again -->")
-    Path("text.txt").write_text("a poem")
-    Path("empty").write_text("")
-    os.link("new.html", "other name.html")
-    os.symlink("new.html", "link.html")
-    for path, inputs, words in [
-        ("text.txt", ["text.txt"], "must not overwrite"),
-        ("new.html", ["other name.html"], "must not overwrite"),
-        ("link.html", ["new.html"], "must not overwrite"),
-        ("text.txt", [], "something else"),
-        ("empty", [], "something else"),
-        (".", [], "something else"),
-        ("/dev/null", [], "something else"),
-        ("no/folder.html", [], "is not there"),
-        ("-", [], "a file of its own"),
-        ("", [], "a file of its own"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            check_target(path, inputs)
-    with open("new.html") as read, pytest.raises(ValueError, match="must not overwrite"):
-        check_target("new.html", [read.fileno()])
-    assert Path("text.txt").read_text() == "a poem"
-    write_page(check_target("link.html", []), content)
-    assert Path("link.html").is_symlink() and Path("new.html").read_text() == content
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """An error on the way leaves the older page, and no other file."""
-    target = tmp_path / "page.html"
-    write_page(target, "first")
-    assert target.stat().st_mode & 0o777 == 0o666 & ~module._umask()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        write_page(target, "second")
-    assert target.read_text() == "first" and list(tmp_path.iterdir()) == [target]

@@ -5,7 +5,7 @@ import pytest
 from hf_llama_sampling import Llama, Tokenizer
 from hf_llama_sampling.evaluation.page import page
 from hf_llama_sampling.evaluation.perplexity import score_texts
-from tests.browser import NAMES, Browser, find_browser
+from tests.browser import NAMES, Browser, BrowserEnded, find_browser
 from tests.conftest import TINY
 from tests.evaluation.test_page import HOSTILE
 
@@ -39,7 +39,10 @@ def browser(tmp_path_factory):
     program = find_browser()
     if program is None:
         pytest.skip(f"needs a browser: none of {', '.join(NAMES)} is on the path (Debian: apt-get install chromium)")
-    started = Browser(program, tmp_path_factory.mktemp("profile"))
+    try:
+        started = Browser(program, tmp_path_factory.mktemp("profile"))
+    except BrowserEnded as error:
+        pytest.skip(f"needs a browser: {program} is there and does not start ({error})")
     yield started
     started.close()
 

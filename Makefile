@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests that share a costly fixture run on one worker, see tests/conftest.py.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-fast test-long test-processors soak structure benchmarks wheel-test matrix test-neighbours clean
+.PHONY: demo test test-fast test-long test-families test-processors soak structure benchmarks wheel-test matrix test-neighbours clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py build/demo
@@ -23,6 +23,10 @@ test-fast: .venv/tests
 # The properties, on other and more examples at each call.
 test-long: .venv/tests
 	$(BIN)/python -m pytest $(WORKERS) -m hypothesis --hypothesis-profile long
+
+# What a row's independence is held by, on all families of the kit instead of one of each kind.
+test-families: .venv/tests
+	FAMILIES=all $(BIN)/python -m pytest $(WORKERS) tests/families
 
 # The tests that compare numbers, under each instruction set that this processor has.
 test-processors: .venv/tests

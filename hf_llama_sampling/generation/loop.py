@@ -25,6 +25,7 @@ from .inputs import beside_tokens, lay_out_beside_tokens
 from .model_info import forget_longer_texts, length_limit
 from .options import CACHING, FOR_THE_LOOP, Call
 from .plan import Plan
+from .probe import Probe
 from .prompt_cache import ReadTexts
 from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
@@ -222,10 +223,11 @@ def run_loop(
         texts: what earlier calls have read; what this run reads is added.
 
     Raises:
-        ValueError: a cache in the call does not fit the prompts, or logits hold nan or inf.
+        ValueError: a cache or a chunk size in the call does not fit the prompts, or logits hold nan or inf.
     """
     _check_soft_prompts(model, call)
     _check_cache(plan, call)
+    _check_parts(model, generate, plan, call)
     _check_inputs(plan, call)
     if length_limit(model) is not None:
         forget_longer_texts(model)
@@ -344,12 +346,47 @@ def _check_cache(plan: Plan, call: Call) -> None:
         return
     if plan.ragged and not plan.padded:
         raise ValueError('past_key_values of a ragged batch is left-padded: take schedule="padded", or drop the cache')
-    held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    held = _length_of(cache)
     if held >= plan.start:
         raise ValueError(
             f"past_key_values must hold fewer tokens than the prompts, got {held} for prompts of {plan.start}: pass "
             "the whole text, what the cache holds included"
         )
+
+
+def _check_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> None:
+    """Refuse a cache or chunks that the call names where prompts read in parts are others than read at once."""
+    probe, name = Probe(model, generate), type(model).__name__
+    cache, chunk = call.to_model.get(CACHE_NAME), call.options.get("prefill_chunk_size")
+    if cache is not None and not _takes_cache(probe, plan.start, _length_of(cache)):
+        raise ValueError(
+            f"past_key_values holds the beginning of prompts of {plan.start} tokens, and {name} goes on from it "
+            "otherwise than it reads them at once: leave it out"
+        )
+    if chunk is not None and chunk < plan.start and not probe.reads_in_pieces(plan.start):
+        raise ValueError(
+            f"prefill_chunk_size={chunk} reads prompts of {plan.start} tokens in chunks, and {name} then answers "
+            "otherwise than when it reads them at once: leave it out"
+        )
+
+
+def _takes_cache(probe: Probe, width: int, held: int) -> bool:
+    """Whether prompts of `width` tokens may go on from a cache of the first `held`."""
+    if not held:
+        return True
+    takes = probe.goes_on_from_a_cache(width) if width - held == 1 else probe.reads_in_pieces(width)
+    return takes and probe.resumes()
+
+
+def _length_of(cache: Any) -> int:
+    """How many tokens a caller's cache holds."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError as error:  # states alone
+        raise ValueError(
+            "past_key_values must know how many tokens it holds, and a cache of recurrent states alone does not: leave "
+            "it out"
+        ) from error
 
 
 def _check_inputs(plan: Plan, call: Call) -> None:

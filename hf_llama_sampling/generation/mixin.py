@@ -30,7 +30,7 @@ from .prompt_cache import PromptCache, check_prompt_cache
 from .releases import check_release
 from .rows import run_parts, unshifted_rows
 from .schedule import Schedule
-from .scoring import CHUNK_BYTES, refuse_without_order
+from .scoring import CHUNK_BYTES, refuse_other_positions, refuse_without_order
 from .streamers import ended_with_the_call
 from .trimming import Compat
 from .view import Observer, loop_view
@@ -161,6 +161,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             )
             loop = _transformers_generate(self)
             probe = Probe(self, loop)
+            refuse_other_positions(self, probe)
             plan = make_plan(self, prompts, call, request, probe)
             if plan.echo and plan.wants_scores:
                 refuse_without_order(self, probe)
@@ -297,7 +298,9 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         refuse_encoder_decoder(self)
         refuse_invocation_tokens(self)
         loop = _transformers_generate(self)
-        refuse_without_order(self, Probe(self, loop))
+        probe = Probe(self, loop)
+        refuse_other_positions(self, probe)
+        refuse_without_order(self, probe)
         return continuations_scored(
             self, loop, contexts, continuations, bos=bos, chunk_bytes=chunk_bytes, cache_bytes=cache_bytes
         )

@@ -46,6 +46,9 @@ class Probes(Protocol):
     def scores_prompts(self) -> bool:
         """Whether a column's logits are what the loop gets for the text up to it."""
 
+    def reads_by_steps(self, width: int) -> bool:
+        """Whether a text of `width` tokens may be read token by token with the same result."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -184,7 +187,7 @@ class Plan:
 
         On Meta's stream the reference draws on for such a row until its EOS, and the reference schedule does so too.
         """
-        return self.padded or self.sampling.seeds is not None or self.sampling.temperature == 0
+        return self.padded or _draws_by_row(self.sampling)
 
     def parts(self) -> list["Plan"]:
         """The plans to run one after the other: this one, or one for each of its rows or its prompts' lengths."""
@@ -255,6 +258,8 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     schedule: Layout = "padded" if request.schedule == "padded" else "reference"
     if apart == "none":
         schedule = _schedule_of_one_run(model, prompts, limits, max_seq_len, call, request, probes)
+        if schedule == "reference" and _steps_change_rows(prompts, sampling, probes):
+            apart = "lengths"
     eos_ids = eos_ids_of(model, options)
     pad_id = pad_id_of(model, options, eos_ids)
     return Plan(
@@ -328,7 +333,7 @@ def _rows_apart(
     On Meta's stream the reference runs a batch as one, and its draws belong to the batch. So where the longest row
     changes others, that is what it is; where rows are mixed up, nothing is right.
     """
-    own_stream = sampling.seeds is not None or sampling.temperature == 0
+    own_stream = _draws_by_row(sampling)
     if len(prompts) > 1 and not probes.keeps_rows_apart():
         if not own_stream:
             raise ValueError(
@@ -342,6 +347,18 @@ def _rows_apart(
     # Where a token sees what follows it, a prompt that is read in parts is another one.
     longest_matters = positions_depend_on_length(model, prompts, limits) or not probes.scores_prompts()
     return "lengths" if longest_matters else "none"
+
+
+def _steps_change_rows(prompts: list[list[int]], sampling: SamplingSettings, probes: Probes) -> bool:
+    """Whether a longer prompt, forced token by token in the reference schedule, is another one than read at once."""
+    lengths = [len(prompt) for prompt in prompts]
+    ragged = min(lengths) < max(lengths)
+    return ragged and _draws_by_row(sampling) and not probes.reads_by_steps(max(lengths))
+
+
+def _draws_by_row(sampling: SamplingSettings) -> bool:
+    """Whether a row's draws are its own, and not the batch's as on Meta's stream."""
+    return sampling.seeds is not None or sampling.temperature == 0
 
 
 def _sampling_settings(

@@ -315,6 +315,15 @@ def prefill_only(
     return scorer
 
 
+def refuse_other_positions(model: Any, probe: Probe) -> None:
+    """Refuse a model that the loop tells other positions than its own forward counts: it was trained on the latter."""
+    if not probe.counts_positions():
+        raise ValueError(
+            f"{type(model).__name__} counts the positions of a text in its own way, and transformers' loop tells it "
+            "positions from 0 on, which it was not trained on: take another model, or call transformers' own generate"
+        )
+
+
 def refuse_without_order(model: Any, probe: Probe) -> None:
     """Refuse logprobs of given texts from a model whose logits at a token are not those of what comes next."""
     if not probe.scores_prompts():
@@ -360,6 +369,7 @@ def needs_one_chunk(model: Any, batch: int, width: int) -> str:
     """The refusal of several chunks, with the budget that one needs."""
     cache = "keys and values alone" if soft_prompts_of(model) is None else "the text alone, without virtual tokens"
     return (
-        f"scoring a text chunk by chunk needs a cache of {cache}, and {type(model).__name__} has none: "
+        f"scoring a text chunk by chunk needs a cache of {cache} that forgets none that is still seen, and "
+        f"{type(model).__name__} has none: "
         f"raise chunk_bytes, here to {bytes_for(batch, vocab_size_of(model), width)}, so that one chunk holds it all"
     )

@@ -25,7 +25,7 @@ from .model_info import check_max_seq_len, check_positions
 from .outputs import LlamaScoreOutput
 from .prefix import Text
 from .probe import Probe
-from .scoring import refuse_without_order
+from .scoring import refuse_other_positions, refuse_without_order
 from .walk import score_texts
 
 
@@ -77,7 +77,9 @@ def tokens_scored(
         _check_lengths(texts, size, by_call=max_seq_len is not None, bos=before is not None)
     longest = max(map(len, texts))
     check_positions(model, longest if size is None else min(longest, size), "a text")
-    refuse_without_order(model, Probe(model, generate))
+    probe = Probe(model, generate)
+    refuse_other_positions(model, probe)
+    refuse_without_order(model, probe)
     firsts = [max(1, at + given) for at in starts]
     parts = [
         _cut(text, windows(len(text), size, stride, first), given, ids)

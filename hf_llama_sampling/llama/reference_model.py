@@ -20,7 +20,8 @@ from ..checks import check_int
 from ..generation.adapters import is_peft_model
 from ..generation.caches import can_be_shared, can_drop, drop_last, select_rows
 from ..generation.mixin import with_llama_generation
-from ..generation.model_info import device_of, length_limit, vocab_size_of
+from ..generation.model_info import device_of, vocab_size_of
+from ..generation.probe import goes_on_from_a_cache
 from ..generation.releases import CACHE_NAME, cache_in
 
 _IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
@@ -99,8 +100,8 @@ class ReferenceModel:
         ids = torch.cat([_texts_before(earlier, len(new), start), new], 1) if start else new
         single = new.shape[1] == 1
         by_cache = None
-        if earlier is not None and start and self._goes_on.get(single, True) and _fits(ids, length_limit(self)):
-            by_cache = _go_on(forward, earlier, new, start)
+        if earlier is not None and start and self._goes_on.get(single, True):
+            by_cache = _go_on(forward, earlier, new, start) if goes_on_from_a_cache(self, ids.shape[1]) else None
         if by_cache is None or single not in self._goes_on:
             answer = _whole(forward, ids)
             if by_cache is not None:  # the first time: does the cache give what the whole text gives?
@@ -196,10 +197,6 @@ def _is_position(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _fits(ids: Tensor, limit: int | None) -> bool:
-    return limit is None or ids.shape[1] <= limit
 
 
 def _whole(forward: Callable[..., Any], ids: Tensor) -> _Answer:

@@ -7,6 +7,7 @@ strict: remove an entry together with its bug.
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hf_llama_sampling import PromptCache
+from hf_llama_sampling.llama.reference_model import with_reference_interface
 from hf_llama_sampling.reference import reference_generate
-from tests.families.expected import KNOWN, REFUSED
-from tests.families.zoo import CONTEXT, EOS, FAMILIES, build, build_ours, plain_logits, rounding
+from tests.families.expected import KNOWN, REFUSED, REFUSED_AT_ALL
+from tests.families.zoo import CACHES, CONTEXT, EOS, FAMILIES, build, build_ours, plain_logits, rounding
 
 # Short, in between and long; a window of 6 and a first context of 16 are crossed in prompts and in completions.
 PROMPTS = [[1, 5, 6], [1, *range(60, 72)], [1, *range(7, 25)]]
@@ -32,6 +34,7 @@ def families(test: str, names: Sequence[str] = tuple(FAMILIES)) -> Any:
         [
             pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=known[name])] if name in known else [])
             for name in names
+            if name not in REFUSED_AT_ALL
         ],
     )
 
@@ -107,6 +110,19 @@ class Collector(BaseStreamer):
 
     def end(self) -> None:
         """Nothing is held back."""
+
+
+@pytest.mark.parametrize("family", REFUSED_AT_ALL)
+def test_other_positions_are_refused_by_name(family):
+    """A model that the loop would tell other positions than its own forward counts generates and scores nothing."""
+    model = build_ours(family)
+    for call in (
+        lambda: model.generate(PROMPTS, max_gen_len=NEW, seeds=1),
+        lambda: model.score_tokens(PROMPTS),
+        lambda: model.score_continuations(PROMPTS, [[[5]]] * 3),
+    ):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} counts the positions"):
+            call()
 
 
 @families("greedy_is_transformers_own")
@@ -207,6 +223,72 @@ def test_a_call_leaves_no_state(family):
         if out is not None:
             assert out.tokens[0] == tokens
             close(family, tokens, out.logprobs[0], logprobs)
+
+
+# Two of three prompts with a common beginning are equal; it is longer than any window.
+HEAD = PROMPTS[2][:14]
+SHARED = [[*HEAD, 60, 61], [*HEAD, 70], [*HEAD, 60, 61]]
+
+
+@families("sharing_changes_nothing", CACHES)
+def test_sharing_changes_nothing(family):
+    """Prompts with a common beginning, two of them equal, are answered and scored as without sharing."""
+    for schedule in ("reference", "padded"):
+        for name, more in (("", {}), ("echo", {"echo": True, "logprobs": True})):
+            asked = {"schedule": schedule, "seeds": SEED, "max_gen_len": NEW, "max_seq_len": CONTEXT, **more}
+            ours, thing = build_ours(family).generate, f"{schedule} {name}"
+            apart = unless_refused(family, thing, ours, SHARED, share_prefix=False, **asked)
+            shared = unless_refused(family, thing, ours, SHARED, share_prefix=True, **asked)
+            assert (apart and apart.tokens) == (shared and shared.tokens), (schedule, more)
+            for row in range(3 if more and shared else 0):
+                close(family, shared.tokens[row], shared.logprobs[row], apart.logprobs[row])
+
+
+@families("scores_share_beginnings", CACHES)
+def test_scores_share_beginnings(family):
+    """Texts and continuations with a common beginning are scored as by one plain forward each."""
+    continuations = [[[60, 61], [70]], [[60], [71, 72, 73]]]
+    texts = unless_refused(family, "scores", build_ours(family).score_tokens, SHARED)
+    choices = unless_refused(family, "scores", build_ours(family).score_continuations, [HEAD, HEAD[:9]], continuations)
+    for tokens, logprobs in zip(SHARED, texts.logprobs if texts else (), strict=bool(texts)):
+        close(family, tokens, logprobs, forward_logprobs(family, tokens))
+    for context, some, found in zip([HEAD, HEAD[:9]], continuations, choices.logprobs if choices else ()):  # noqa: B905
+        for tokens, logprobs in zip(some, found, strict=True):
+            close(family, tokens, logprobs, forward_logprobs(family, context + tokens)[len(context) :])
+
+
+@families("a_callers_cache_and_chunks", CACHES)
+def test_a_callers_cache_and_chunks(family):
+    """A cache of a prompt's beginning, or chunks of it, that the call names: the same tokens, or refused by name."""
+    for held in (PROMPTS[2][:-1], PROMPTS[2][:10]):
+        begun = build_ours(family).generate([held], max_gen_len=1, temperature=0, return_dict_in_generate=True)
+        cache = begun.get("past_key_values")
+        if cache is not None:
+            right_or_refused(family, past_key_values=cache)
+    right_or_refused(family, prefill_chunk_size=5)
+
+
+def right_or_refused(family: str, **more: Any) -> None:
+    """The tokens of the longest prompt alone, or one sentence that names the option."""
+    try:
+        out = ask(family, [2], "greedy", **more)
+    except (TypeError, ValueError) as error:
+        assert next(iter(more)) in str(error) and family not in ("llama", "mistral", "gpt2", "bloom")
+    else:
+        assert out.tokens == [alone(family, 2, "greedy")]
+
+
+@families("start_pos_goes_on", [*CACHES, *REFUSED_AT_ALL])
+def test_start_pos_goes_on(family):
+    """`forward(tokens, start_pos)` in pieces and token by token: the logits of a plain forward over all so far."""
+    text = PROMPTS[2]
+    for sizes in ([5, 1, 1, 1, 4, 7], [1] * 12):
+        model, at = with_reference_interface(copy.deepcopy(build(family)), SimpleNamespace(max_seq_len=CONTEXT)), 0
+        for size in sizes:
+            found = model.forward(torch.tensor([text[at : at + size]]), at)
+            at += size
+            expected = plain_logits(build(family), text[:at])[-size:]
+            assert float((found[0] - expected).abs().max()) <= rounding(build(family), text[:at])
 
 
 MORE: dict[str, Callable[[], dict[str, Any]]] = {

@@ -217,26 +217,37 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
             "flex_olmo",
             "granite_swa",
             "granitemoe_swa",
-            "bailing_hybrid",
             "flint",
             "hyperclovax",
             "jais2",
             "kolibri1",
             "laguna",
-            "lfm3",
             "minimax_m2",
             "ministral3",
-            "qwen3_5_moe_text",
             "aria_text",
             "cwm",
             "ernie4_5_moe",
             "hrm_text",
-            "qwen4_exp_text",
             "deepseek_v4",
             "minimax_m3_vl_text",
             "inkling2_text",
         )
     },
+    # Hybrids, each with a layer of either kind.
+    "bailing_hybrid": ("bailing_hybrid", {**EACH_HEAD, "layer_types": ["linear_attention", "full_attention"]}),
+    "lfm3": ("lfm3", {"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"]}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {"layer_types": ["linear_attention", "full_attention"]}),
+    "qwen4_exp_text": (
+        "qwen4_exp_text",
+        {
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+        },
+    ),
     **{name: (name, EACH_HEAD) for name in ("minicpm3", "youtu", "axk1", "glm4_moe_lite", "deepseek_v32")},
 }
 _CLIP = {
@@ -300,8 +311,12 @@ llama_linear llama_dynamic llama_yarn llama_llama3 llama_longrope mistral mixtra
 qwen2 qwen2_moe qwen3_moe qwen3_next phi phi3 phi3_longrope gpt2 gpt_neo gpt_neox gptj codegen opt bloom mpt
 falcon falcon_alibi falcon_h1 falcon_mamba stablelm olmo2 granite granitemoehybrid cohere starcoder2 deepseek_v3
 glm4 smollm3 mamba mamba2 rwkv recurrent_gemma jamba zamba2 bamba lfm2 minimax xlnet ctrl biogpt xglm gpt_oss
-llama4_text bart bert bert_not_causal openai-gpt xlm xlstm llava gemma3 qwen2_vl mllama chameleon""".split()  # noqa: SIM905
-FAMILIES = ALL if os.environ.get("FAMILIES") == "all" else CORE
+llama4_text bart bert bert_not_causal openai-gpt xlm xlstm llava gemma3 qwen2_vl mllama chameleon moshi""".split()  # noqa: SIM905
+# For tests of caches: of keys and values, of windows, of chunks, with states beside them or instead, and none.
+CACHES = """llama llama_longrope mistral gemma2 gpt2 bloom llama4_text gpt_oss qwen3_next mamba recurrent_gemma minimax
+xlnet bart openai-gpt mllama moshi""".split()  # noqa: SIM905
+LONG = os.environ.get("FAMILIES") == "all"
+FAMILIES, CACHES = (ALL, ALL) if LONG else (CORE, CACHES)
 
 
 def tiny_config(model_type: str, fields: dict[str, Any]) -> Any:

@@ -226,7 +226,7 @@ def test_a_call_leaves_no_state(family):
 
 
 # Two of three prompts with a common beginning are equal; it is longer than any window.
-HEAD = PROMPTS[2][:14]
+HEAD = PROMPTS[2][:15]
 SHARED = [[*HEAD, 60, 61], [*HEAD, 70], [*HEAD, 60, 61]]
 
 
@@ -249,7 +249,7 @@ def test_sharing_changes_nothing(family):
 @families("scores_share_beginnings", CACHES)
 def test_scores_share_beginnings(family):
     """Texts and continuations with a common beginning are scored as by one plain forward each."""
-    continuations = [[[60, 61], [70]], [[60], [71, 72, 73]]]
+    continuations = [[[60, 61, 62], [70]], [[60], [71, 72, 73]]]
     texts = unless_refused(family, "scores", build_ours(family).score_tokens, SHARED)
     choices = unless_refused(family, "scores", build_ours(family).score_continuations, [HEAD, HEAD[:9]], continuations)
     for tokens, logprobs in zip(SHARED, texts.logprobs if texts else (), strict=bool(texts)):
@@ -263,7 +263,8 @@ def test_scores_share_beginnings(family):
 def test_a_callers_cache_and_chunks(family):
     """A cache of a prompt's beginning, or chunks of it, that the call names: the same tokens, or refused by name."""
     for held in (PROMPTS[2][:-1], PROMPTS[2][:10]):
-        begun = build_ours(family).generate([held], max_gen_len=1, temperature=0, return_dict_in_generate=True)
+        asked = {"max_gen_len": 1, "max_seq_len": CONTEXT, "temperature": 0, "return_dict_in_generate": True}
+        begun = build_ours(family).generate([held], **asked)
         cache = begun.get("past_key_values")
         if cache is not None:
             right_or_refused(family, past_key_values=cache)

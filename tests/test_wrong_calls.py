@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -42,7 +43,7 @@ def names(tiny_model, tiny_tokenizer, tmp_path_factory):
         **{"model": tiny_model, "tokenizer": tiny_tokenizer, "llama": llama, "tokens": Tokenizer(tokenizer)},
         **{"plain": transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), "TINY": str(TINY)},
         **{
-            "manager": tiny_model.init_continuous_batching(max_gen_len=4),
+            "manager": copy.deepcopy(tiny_model).init_continuous_batching(max_gen_len=4),
             "Batching": transformers.ContinuousBatchingConfig,
         },
         **{"ids": torch.tensor([[1, 5, 6]]), "command": command, "record": lambda content: record(llama, content)},

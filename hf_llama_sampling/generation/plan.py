@@ -258,8 +258,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     schedule: Layout = "padded" if request.schedule == "padded" else "reference"
     if apart == "none":
         schedule = _schedule_of_one_run(model, prompts, limits, max_seq_len, call, request, probes)
-        if schedule == "reference" and _steps_change_rows(prompts, sampling, probes):
-            apart = "lengths"
+        apart = _apart_for_steps(schedule, prompts, sampling, probes)
     eos_ids = eos_ids_of(model, options)
     pad_id = pad_id_of(model, options, eos_ids)
     return Plan(
@@ -349,11 +348,11 @@ def _rows_apart(
     return "lengths" if longest_matters else "none"
 
 
-def _steps_change_rows(prompts: list[list[int]], sampling: SamplingSettings, probes: Probes) -> bool:
-    """Whether a longer prompt, forced token by token in the reference schedule, is another one than read at once."""
+def _apart_for_steps(schedule: Layout, prompts: list[list[int]], sampling: SamplingSettings, probes: Probes) -> Apart:
+    """Which rows must run apart since the reference schedule reads longer prompts token by token, and not at once."""
     lengths = [len(prompt) for prompt in prompts]
-    ragged = min(lengths) < max(lengths)
-    return ragged and _draws_by_row(sampling) and not probes.reads_by_steps(max(lengths))
+    forced = schedule == "reference" and min(lengths) < max(lengths)
+    return "lengths" if forced and _draws_by_row(sampling) and not probes.reads_by_steps(max(lengths)) else "none"
 
 
 def _draws_by_row(sampling: SamplingSettings) -> bool:

@@ -226,8 +226,8 @@ def test_a_call_leaves_no_state(family):
 
 
 # Two of three prompts with a common beginning are equal; it is longer than any window.
-HEAD = PROMPTS[2][:15]
-SHARED = [[*HEAD, 60, 61], [*HEAD, 70], [*HEAD, 60, 61]]
+HEAD = PROMPTS[2][:16]
+SHARED = [[*HEAD, 60, 61], [*HEAD, 70, 71, 72], [*HEAD, 60, 61]]
 
 
 @families("sharing_changes_nothing", CACHES)
@@ -249,7 +249,7 @@ def test_sharing_changes_nothing(family):
 @families("scores_share_beginnings", CACHES)
 def test_scores_share_beginnings(family):
     """Texts and continuations with a common beginning are scored as by one plain forward each."""
-    continuations = [[[60, 61, 62], [70]], [[60], [71, 72, 73]]]
+    continuations = [[[60, 61, 62], [70, 71]], [[60], [71, 72, 73]]]
     texts = unless_refused(family, "scores", build_ours(family).score_tokens, SHARED)
     choices = unless_refused(family, "scores", build_ours(family).score_continuations, [HEAD, HEAD[:9]], continuations)
     for tokens, logprobs in zip(SHARED, texts.logprobs if texts else (), strict=bool(texts)):

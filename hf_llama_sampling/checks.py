@@ -127,15 +127,15 @@ def seeds_as_given(seeds: Any) -> int | list[int]:
         return [_check_seed(seed, row) for row, seed in enumerate(listed)]
     if _index(seeds) is None:
         raise TypeError(f"seeds must be an int or one int per row, got {seeds!r}")
-    return _check_seed(seeds, 0)
+    return _check_seed(seeds)
 
 
-def _check_seed(seed: Any, row: int) -> int:
-    number = _index(seed)
+def _check_seed(seed: Any, row: int | None = None) -> int:
+    number, where = _index(seed), "" if row is None else f" for row {row}"
     if number is None:
-        raise TypeError(f"seeds must be ints, got {seed!r} for row {row}")
+        raise TypeError(f"seeds must be ints, got {seed!r}{where}")
     if not 0 <= number < 2**64:
-        raise ValueError(f"seeds must lie in [0, 2**64), got {number} for row {row}")
+        raise ValueError(f"seeds must lie in [0, 2**64), got {number}{where}")
     return number
 
 
@@ -192,6 +192,15 @@ def both_streams() -> str:
     return (
         "seeds and generator exclude each other: seeds draw one stream per row, generator is Meta's single stream; "
         "give one of the two"
+    )
+
+
+def nothing_left(row: int, position: int, edits: str, *, known: bool) -> ValueError:
+    """The error for logits that leave no token after they were edited, or nan; `known`: the model's own were sound."""
+    way_out = "allow a token there" if known else "allow a token there, or check the weights and the dtype"
+    return ValueError(
+        f"what edits logits must leave at least one token and no nan, but {edits} leaves none for position {position} "
+        f"of row {row}, or nan: {way_out}"
     )
 
 

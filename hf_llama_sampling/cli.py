@@ -291,11 +291,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if hasattr(arguments, "temperature"):
         arguments.settings = SamplingSettings(arguments.temperature, arguments.top_p)
         if arguments.command == "batch":
-            seeds_as_given(arguments.seed)
+            check_int("seed", arguments.seed, least=0, most=2**64 - 1)
         else:
             check_int("seed", arguments.seed, least=-(2**63), most=2**64 - 1)
     if arguments.command == "lm-eval":
-        seeds_as_given(arguments.seed)
+        check_int("seed", arguments.seed, least=0, most=2**64 - 1)
         if not arguments.tasks.strip(","):
             raise ValueError("an evaluation needs at least one task: name it with --tasks")
         if arguments.limit is not None and not arguments.limit > 0:
@@ -546,7 +546,10 @@ def _token(text: str) -> int | str:
 
 def _seeds(text: str) -> int | list[int]:
     """One seed, or several with commas in between."""
-    seeds = [int(part) for part in text.split(",")]
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"seeds are ints with commas in between, got {text!r}") from None
     return seeds if len(seeds) > 1 else seeds[0]
 
 

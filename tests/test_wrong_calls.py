@@ -39,6 +39,7 @@ def names(tiny_model, tiny_tokenizer, tmp_path_factory):
     public = {name: getattr(hf_llama_sampling, name) for name in hf_llama_sampling.__all__}
     return {
         **public,
+        "batch": batch,
         **{"torch": torch, "nan": nan, "inf": inf, "TextStreamer": transformers.TextStreamer, "folder": folder},
         **{"model": tiny_model, "tokenizer": tiny_tokenizer, "llama": llama, "tokens": Tokenizer(tokenizer)},
         **{"plain": transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), "TINY": str(TINY)},

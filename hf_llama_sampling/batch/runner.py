@@ -136,8 +136,7 @@ def run(
     Summary(records=3, errors=0, tokens=412, answered=3, seconds=9.1)
     """
     start = time.monotonic()
-    _check_paths(input=input, output=output)
-    check_choice("existing", existing, ("check", "reuse", "restart"))
+    _check_arguments(llama, input=input, output=output, existing=existing)
     settings = RunSettings(
         draw=SamplingSettings(temperature, top_p),
         max_gen_len=llama.max_seq_len - 1 if max_gen_len is None else max_gen_len,
@@ -160,6 +159,14 @@ def run(
         worker = Worker(job, file)
         summary = _to_stream(worker) if directory is None else _to_file(worker, directory, existing)
     return summary._replace(seconds=time.monotonic() - start)
+
+
+def _check_arguments(llama: object, *, existing: str, **paths: object) -> None:
+    """Refuse arguments of the wrong kind before anything is read."""
+    if not all(hasattr(llama, name) for name in ("model", "tokenizer", "max_seq_len", "max_batch_size")):
+        raise TypeError(f"batch.run takes a Llama, got {type(llama).__name__}: make one with Llama(model, tokenizer)")
+    _check_paths(**paths)
+    check_choice("existing", existing, ("check", "reuse", "restart"))
 
 
 def _check_paths(**paths: object) -> None:

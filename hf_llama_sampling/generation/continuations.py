@@ -171,8 +171,10 @@ def _ids(given: Any, where: str, vocab_size: int) -> list[int]:
     listed = _listed(given, f"{where} must be a list of token ids")
     try:
         ids = [operator.index(token) for token in listed]
+        if any(isinstance(token, bool) for token in listed):
+            raise TypeError
     except TypeError:
-        odd = next(token for token in listed if not hasattr(token, "__index__"))
+        odd = next(token for token in listed if isinstance(token, bool) or not hasattr(token, "__index__"))
         raise TypeError(f"{where} must be a list of token ids, got {odd!r} in it") from None
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteriaList
+from transformers import LogitsProcessor
 from transformers import generation as hf
 from transformers.generation import StopStringCriteria
 
+from .option_values import check_allowed
 from .options import NEEDING_EOS, Call
 from .plan import Plan
 
@@ -41,7 +42,8 @@ class LogitEdits:
     def __init__(self, model: Any, plan: Plan, call: Call) -> None:
         self.plan = plan
         self.constraint = _Constraint(plan, call.to_loop.get("prefix_allowed_tokens_fn"))
-        by_options = bool(call.editing()) or self.constraint.allowed is not None
+        self.options = call.editing()
+        by_options = bool(self.options) or self.constraint.allowed is not None
         self.groups = list(_groups(model, plan, call, self.constraint)) if by_options else []
         self.processors = list(call.to_loop.get("logits_processor") or [])
         if plan.ragged:
@@ -49,6 +51,12 @@ class LogitEdits:
 
     def __bool__(self) -> bool:
         return bool(self.groups or self.processors)
+
+    @property
+    def names(self) -> str:
+        """What edits, for errors."""
+        constraint = ["prefix_allowed_tokens_fn"] if self.constraint.allowed is not None else []
+        return ", ".join([*self.options, *constraint, *map(_name_of, self.processors)])
 
     def __call__(self, input_ids: Tensor, logits: Tensor, done: Tensor) -> Tensor:
         """input_ids: (B, T) columns; logits: (B, V) float32; done: (B,). Returns edited logits (B, V)."""
@@ -62,7 +70,7 @@ class LogitEdits:
             for rows, source, ids in own_texts(self.plan, asked, input_ids):
                 scores = logits if source is None else logits[source]
                 for processor in self.processors:
-                    scores = processor(ids, scores)
+                    scores = _check_scores(processor, processor(ids, scores), scores)
                 logits = _placed(logits, rows, scores[rows])
         return logits
 
@@ -86,7 +94,7 @@ class CallersCriteria:
             if call.to_loop.get("tokenizer") is None:
                 raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
             listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
-        self.criteria = StoppingCriteriaList(listed)
+        self.criteria = listed
 
     def __bool__(self) -> bool:
         return bool(self.criteria)
@@ -95,7 +103,8 @@ class CallersCriteria:
         """input_ids: (B, T) columns; running: (B,) rows to ask about. Returns (B,) bool: rows that meet a criterion."""
         met = torch.zeros_like(running)
         for rows, _, ids in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
-            met[rows] = self.criteria(ids, scores, **kwargs).to(met.device)[rows]
+            for criterion in self.criteria:
+                met[rows] |= _check_met(criterion, criterion(ids, scores, **kwargs), met)[rows]
         return met
 
 
@@ -152,17 +161,16 @@ class _Constraint(LogitsProcessor):
             for place, row in enumerate(rows):
                 if row not in wanted:
                     continue
-                tokens = torch.as_tensor(
-                    self.allowed(self.plan.row_ids[row], input_ids[place]), dtype=torch.long, device=scores.device
-                )
-                if not tokens.numel():
-                    position = input_ids.shape[1]
+                where = f" for position {input_ids.shape[1]} of row {self.plan.row_ids[row]}"
+                answer = self.allowed(self.plan.row_ids[row], input_ids[place])
+                tokens = check_allowed(answer, self.plan.vocab_size, where)
+                if not tokens:
                     raise ValueError(
-                        f"prefix_allowed_tokens_fn must allow at least one token, but allows none for position "
-                        f"{position} of row {self.plan.row_ids[row]}: return the EOS id to end a row"
+                        f"prefix_allowed_tokens_fn must allow at least one token, but allows none{where}: return the "
+                        "EOS id to end a row"
                     )
                 closed[place] = True
-                closed[place, tokens.flatten()] = False
+                closed[place, torch.tensor(tokens, device=scores.device)] = False
             return scores.masked_fill(closed, -torch.inf)
 
         return constrain
@@ -231,6 +239,33 @@ def option_processors(
         "begin_suppress_tokens": lambda tokens: hf.SuppressTokensAtBeginLogitsProcessor(tokens, begin, device=device),
     }
     return [make[name](given[name]) for name in make if name in given]
+
+
+def _check_scores(processor: Any, found: Any, given: Tensor) -> Tensor:
+    """Scores (B, V) that a processor of the caller's gives back."""
+    if isinstance(found, Tensor) and found.shape == given.shape:
+        return found
+    got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise TypeError(
+        f"a logits processor must return scores of the shape that it gets, {tuple(given.shape)}, got {got} from "
+        f"{_name_of(processor)}"
+    )
+
+
+def _check_met(criterion: Any, found: Any, met: Tensor) -> Tensor:
+    """(B,) bool: the rows that a criterion of the caller's ends; True or False means all or none."""
+    found = torch.as_tensor(found, device=met.device) if isinstance(found, (bool, Tensor)) else found
+    if isinstance(found, Tensor) and found.shape in ((), met.shape):
+        return found.bool().expand_as(met)
+    got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise TypeError(
+        f"a stopping criterion must return True, False or one of them per row, {tuple(met.shape)}, got {got} from "
+        f"{_name_of(criterion)}"
+    )
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def _refuse_stateful(processors: Sequence[Any]) -> None:

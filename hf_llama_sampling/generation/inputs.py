@@ -145,6 +145,8 @@ def _row_of_list(row: int, prompt: Any) -> list[int]:
     if ids is None:
         raise TypeError(f"a prompt must be a list of token ids, got {type(prompt).__name__} for row {row}")
     try:
+        if any(isinstance(token, bool) for token in ids):
+            raise TypeError
         return [operator.index(to_scalar(token)) for token in ids]
     except TypeError:
         raise TypeError(f"token ids must be ints, got {ids!r} for row {row}") from None
@@ -158,7 +160,13 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
         )
     if mask is None:
         return [list(row) for row in inputs.tolist()]
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"attention_mask must hold 1 for tokens and 0 for padding, got {type(mask).__name__} without numbers: pass "
+            "the tokenizer's"
+        ) from None
     if mask.shape != inputs.shape:
         raise ValueError(
             f"attention_mask must have the prompts' shape, got {tuple(mask.shape)} for {tuple(inputs.shape)}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from ..checks import nonfinite
+from ..checks import nonfinite, nothing_left
 from ..sampling import fast_path
 from ..sampling.rule import Draw
 from ..sampling.sampler import Stream, TokenSampler
@@ -80,7 +80,7 @@ class SamplingProcessor(LogitsProcessor):
         if self.edits:
             logits = self.edits(input_ids, logits, state.done)
         draw = self.sampler(logits, column, with_mass=plan.wants_scores)
-        self._look_for_nonfinite(logits, draw, column)
+        self._look_for_nonfinite(logits, draw, column, scores)
         tokens, given = draw.tokens, None
         if self.forced is not None and column < plan.longest:
             given = self.forced[:, column]
@@ -106,7 +106,7 @@ class SamplingProcessor(LogitsProcessor):
         self.state.softmax_probs.append(probs)
         self.state.nucleus_masses.append(mass)
 
-    def _look_for_nonfinite(self, logits: Tensor, draw: Draw, column: int) -> None:
+    def _look_for_nonfinite(self, logits: Tensor, draw: Draw, column: int, raw: Tensor) -> None:
         """Raise for logits with nan or inf; those of a row that is done or beyond its limit mean nothing.
 
         On CPU a look is free, so the run ends here. Elsewhere it would make the host wait: the criterion ends the run
@@ -121,7 +121,7 @@ class SamplingProcessor(LogitsProcessor):
         means_nothing = state.done | (plan.ends <= column) if column >= self.first_end else state.done
         probe = probe.masked_fill(means_nothing, 0.0)
         if on_cpu:
-            _refuse_nonfinite(plan, probe.tolist(), column)
+            _refuse_nonfinite(plan, probe.tolist(), column, self.edits.names if self.edits else "", raw)
         else:
             state.probes.append(probe)
             state.unsound = probe.sum().abs() >= torch.inf
@@ -179,17 +179,24 @@ def row_spans(plan: Plan, stops: list[int], width: int) -> list[slice]:
     return [slice(offset, end) for offset, end in zip(plan.offsets, ends, strict=True)]
 
 
-def refuse_nonfinite(plan: Plan, state: LoopState, steps: int) -> None:
+def refuse_nonfinite(plan: Plan, state: LoopState, steps: int, edits: str = "") -> None:
     """After a run off the CPU, raise if the logits of one of its steps held nan or inf."""
     for step, probe in enumerate(torch.stack(state.probes).tolist()[:steps] if state.probes else []):
-        _refuse_nonfinite(plan, probe, plan.start + step)
+        _refuse_nonfinite(plan, probe, plan.start + step, edits)
 
 
-def _refuse_nonfinite(plan: Plan, probe: list[float], column: int) -> None:
-    """Name the first row whose probe of a column is not finite."""
+def _refuse_nonfinite(plan: Plan, probe: list[float], column: int, edits: str, raw: Tensor | None = None) -> None:
+    """Name the first row whose probe of a column is not finite, and what edits logits if that may be the cause.
+
+    raw: (B, V), the logits before they were edited, where they are at hand.
+    """
     for row, value in enumerate(probe):
-        if not math.isfinite(value):
-            raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
+        if math.isfinite(value):
+            continue
+        sound = raw is None or bool(torch.isfinite(raw[row]).all())
+        if edits and sound:
+            raise nothing_left(plan.row_ids[row], column - plan.offsets[row], edits, known=raw is not None)
+        raise nonfinite(plan.row_ids[row], column - plan.offsets[row])
 
 
 class PromptScores(NamedTuple):
@@ -242,6 +249,7 @@ def run_loop(
         elif plan.start > 1:
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
+    edits: LogitEdits = arguments["logits_processor"][0].edits
     shared = share_prefill(model, generate, plan, call, scored=scorer is not None, texts=texts)
     if shared is not None:
         arguments[CACHE_NAME] = shared.cache
@@ -257,7 +265,7 @@ def run_loop(
         raise
     for name in [name for name in _EXTRAS if output.get(name) is not None]:
         output[name] = as_ordinary(output[name])
-    refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start)
+    refuse_nonfinite(plan, state, output.sequences.shape[1] - plan.start, edits.names)
     stops = row_stops(plan, state, output.sequences)
     leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)
     if texts is not None and leaves_cache(call):

@@ -349,12 +349,13 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if type(model).__name__ == "OptimizedModule":
         return _compiled_twin(model)
-    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+    if isinstance(model, torch.nn.Module) and hasattr(model, "config"):
+        refuse_encoder_decoder(model)
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "generation_config")):
         raise TypeError(
             f"with_llama_generation takes a causal language model of transformers, got {type(model).__name__}: load "
             "one with AutoModelForCausalLM.from_pretrained"
         )
-    refuse_encoder_decoder(model)
     if is_peft_model(model):
         peft_model: Any = model
         ours = isinstance(peft_model.get_base_model(), LlamaGenerationMixin)

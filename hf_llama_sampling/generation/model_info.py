@@ -121,7 +121,7 @@ def pad_id_of(model: Any, options: dict[str, Any], eos_ids: tuple[int, ...]) -> 
 def named_pad_id(model: Any, options: dict[str, Any]) -> int | None:
     """The pad id that the call or the checkpoint names, if one does."""
     pad_id = first_not_none(options.get("pad_token_id"), model.generation_config.pad_token_id)
-    return None if pad_id is None else int(pad_id)
+    return None if pad_id is None else int(to_scalar(pad_id))
 
 
 def refuse_encoder_decoder(model: Any) -> None:

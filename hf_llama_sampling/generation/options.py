@@ -26,6 +26,8 @@ from ..checks import (
     to_python,
 )
 from ..defaults import TEMPERATURE, TOP_P
+from .model_info import vocab_size_of
+from .option_values import check_option_values
 from .releases import CACHE_NAME, CACHE_NAMES
 
 # Options of a generation config, by what becomes of them.
@@ -93,6 +95,7 @@ FLAGS = {
     "output_hidden_states",
     "output_logits",
     "remove_invalid_values",
+    "disable_compile",
 }
 # Values with which an option that has no place here asks for nothing.
 NEUTRAL: dict[str, Any] = {
@@ -217,7 +220,8 @@ def sort_keywords(
             raise _unknown(name, [*own, *defaults, *of_forward], method, model)
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
-    call.from_pipeline = _added_by_a_pipeline(model, call.options)
+    check_option_values(call.options, vocab_size_of(model))
+    call.from_pipeline = _added_by_a_pipeline(model, call)
     return call
 
 
@@ -233,11 +237,15 @@ def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeEr
     )
 
 
-def _added_by_a_pipeline(model: Any, options: dict[str, Any]) -> set[str]:
-    """The options that have a pipeline's own value; it also says `do_sample` where the checkpoint does not."""
-    if options.get("do_sample") is None and model.generation_config.do_sample is None:
+def _added_by_a_pipeline(model: Any, call: Call) -> set[str]:
+    """The options that have a pipeline's own value; it also says `do_sample` where the checkpoint does not.
+
+    A pipeline gives no mark of itself, but it always gives its prompts as a tensor named `input_ids`.
+    """
+    sampled = call.options.get("do_sample") is not None or model.generation_config.do_sample is not None
+    if not (sampled and isinstance(call.to_model.get("input_ids"), Tensor)):
         return set()
-    return {name for name, value in PIPELINE_ADDS.items() if options.get(name) == value}
+    return {name for name, value in PIPELINE_ADDS.items() if call.options.get(name) == value}
 
 
 def _read_config(config: Any) -> Call:
@@ -280,17 +288,32 @@ def _check_kinds(call: Call) -> None:
         given = call.to_loop.get(name)
         if given is not None and not (isinstance(given, (list, tuple)) and all(map(callable, given))):
             raise TypeError(f"{name} must be a list of functions of {call_of}, got {given!r}: wrap one as [function]")
+        for one in given or ():
+            if isinstance(one, type):
+                raise TypeError(
+                    f"{name} must be a list of functions of {call_of}, got the class {one.__name__}: make one of it"
+                )
     allowed = call.to_loop.get("prefix_allowed_tokens_fn")
     if allowed is not None and not callable(allowed):
         raise TypeError(f"prefix_allowed_tokens_fn must be a function of (row, input_ids), got {allowed!r}: pass one")
     streamer = call.to_loop.get("streamer")
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+    if streamer is not None and not (is_object(streamer) and hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(
             f"streamer must have the methods put and end, got {streamer!r}: pass a TextStreamer or the like"
         )
     cache = call.to_model.get(CACHE_NAME)
-    if cache is not None and not hasattr(cache, "get_seq_length"):
+    if cache is not None and not (is_object(cache) and hasattr(cache, "get_seq_length")):
         raise TypeError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}: leave it out")
+    tokenizer = call.to_loop.get("tokenizer")
+    if call.options.get("stop_strings") and tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(
+            f"stop_strings need a tokenizer of transformers, got {type(tokenizer).__name__}: pass the one of the model"
+        )
+
+
+def is_object(value: Any) -> bool:
+    """Whether this is an object, and not the class that one is made of."""
+    return not isinstance(value, type)
 
 
 def _no_place(name: str, asked: str, method: str) -> str:

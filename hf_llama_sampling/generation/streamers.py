@@ -28,7 +28,9 @@ class _Tracked:
 def ended_with_the_call(keywords: dict[str, Any]) -> Iterator[None]:
     """End the streamer among the keywords before any error leaves the call, KeyboardInterrupt included."""
     streamer = keywords.get("streamer")
-    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):  # None, or refused with the other options
+    if isinstance(streamer, type) or not (
+        hasattr(streamer, "put") and hasattr(streamer, "end")
+    ):  # None, or refused with the other options
         yield
         return
     keywords["streamer"] = tracked = _Tracked(streamer)

@@ -273,6 +273,8 @@ class Llama:
         >>> llama.generate([[1, 367, 542], [1]], max_gen_len=4, temperature=0.0)
         ([[988, 13, 985, 982], [323, 362, 1017, 633]], None)
         """
+        if max_gen_len is None:
+            raise TypeError("max_gen_len must be an int, got None: give the most new tokens per row")
         tokens, scores = self._generate(
             prompt_tokens,
             max_gen_len=max_gen_len,
@@ -537,7 +539,11 @@ class Llama:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Decoded tokens. Ids that a model embeds beyond its tokenizer's (padded vocabularies) stand for no text."""
-        return self.tokenizer.decode([token for token in tokens if token < self.tokenizer.n_words])
+        try:
+            known = [token for token in tokens if token < self.tokenizer.n_words]
+        except TypeError:
+            raise TypeError(f"text_of takes a list of token ids, got {tokens!r}: wrap a single one as [id]") from None
+        return self.tokenizer.decode(known)
 
     def _uses_template(self, chat_format: ChatFormat | None) -> bool:
         """Whether dialogs are written by the tokenizer's own chat template, and not in LLAMA2's format."""
@@ -683,7 +689,7 @@ def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, boo
     """The switches of a call, checked."""
     return {
         "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
-        "echo": check_bool("echo", echo, "the answers then start with their prompts"),
+        "echo": check_bool("echo", echo, "with True the answers start with their prompts"),
         "sampling_logprobs": check_bool("sampling_logprobs", sampling_logprobs),
     }
 

@@ -59,6 +59,10 @@ def choose_placement(
     if model_parallel_size is not None:
         model_parallel_size = check_int("model_parallel_size", model_parallel_size, least=1)
     check_device_map(device_map)
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise TypeError(f'max_memory must map devices to bytes, got {max_memory!r}: give {{0: "10GiB", "cpu": ...}}')
+    if offload_folder is not None and not isinstance(offload_folder, (str, os.PathLike)):
+        raise TypeError(f"offload_folder must be a path, got {offload_folder!r}: leave it out for a temporary folder")
     gpus = torch.cuda.device_count()
     if device_map is None and gpus:
         several = min(model_parallel_size or 1, gpus) > 1

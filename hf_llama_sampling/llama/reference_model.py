@@ -7,8 +7,7 @@ own. What this module does not do: it changes nothing on the model that it is gi
 
 import copy
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -113,7 +112,12 @@ class ReferenceModel:
 
     def _check_tokens(self, tokens: Any, start: int) -> Tensor:
         """Token ids (B, T) on the model's device."""
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"forward(tokens, start_pos) takes token ids of shape (B, T), got {type(tokens).__name__}"
+            ) from None
         if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"forward(tokens, start_pos) takes token ids of shape (B, T), got {ids.dtype} of shape "
@@ -190,13 +194,7 @@ def _reference_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
 
 def _is_position(value: Any) -> bool:
     """Whether a second positional argument is a position, and not transformers' attention mask."""
-    if value is None or (isinstance(value, Tensor) and value.dim()):
-        return False
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
+    return not (value is None or isinstance(value, Mapping) or getattr(value, "ndim", False))
 
 
 def _whole(forward: Callable[..., Any], ids: Tensor) -> _Answer:

@@ -121,11 +121,9 @@ class Tokenizer:
         >>> tokenizer.decode([[367, 542], [742]])
         ['The king', 'Rome']
         """
-        if isinstance(ids, str):
-            return self.sp_model.decode(ids)
-        items = _as_list(ids)
+        items = [ids] if isinstance(ids, str) else _as_list(ids)
         if items and all(isinstance(item, str) for item in items):
-            return self.sp_model.decode_pieces(items)
+            return self.sp_model.decode_pieces(_check_pieces(items, self.sp_model))
         if _is_nested(items):
             return [self.decode(row) for row in items]
         return self.sp_model.decode(_check_ids(items, self.n_words))
@@ -309,6 +307,8 @@ def _check_ids(items: list[Any], n_words: int) -> list[int]:
     """Ids of the vocabulary as ints."""
     try:
         checked = [operator.index(item) for item in items]
+        if any(isinstance(item, bool) for item in items):
+            raise TypeError
     except TypeError:
         _refuse_ids(items)
     for place, token_id in enumerate(checked):
@@ -318,6 +318,16 @@ def _check_ids(items: list[Any], n_words: int) -> list[int]:
                 f"is {token_id}: cut or drop it before decoding"
             )
     return checked
+
+
+def _check_pieces(pieces: list[str], sp_model: SentencePieceProcessor) -> list[str]:
+    """Pieces that the vocabulary has: a text is none, and SentencePiece would give it back as it is."""
+    for piece in pieces:
+        if sp_model.piece_to_id(piece) == sp_model.unk_id() and piece != sp_model.id_to_piece(sp_model.unk_id()):
+            raise ValueError(
+                f"a piece is one of the vocabulary, and {piece!r} is none: give token ids, as encode gives them"
+            )
+    return pieces
 
 
 def _refuse_ids(ids: object) -> NoReturn:

@@ -52,6 +52,7 @@ class LlamaTemperatureLogitsWarper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T), unused; scores: (B, V). Returns new float32 scores (B, V)."""
+        _check_scores(scores)
         if self.temperature == 0:
             return one_hot(scores.argmax(-1), scores)
         return rule.scale(scores, self.temperature)
@@ -84,6 +85,7 @@ class LlamaTopPLogitsWarper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T), unused; scores: (B, V). Returns new scores (B, V)."""
+        _check_scores(scores)
         probs = torch.softmax(scores.detach().float(), dim=-1)
         path = fast_path if fast_path.on_cpu(probs) else rule
         return scores.masked_fill(~path.keep_mask(probs, self.top_p), -math.inf)
@@ -135,16 +137,21 @@ class LlamaSampler(LogitsProcessor):
         # Attributes may be set anew, lists changed in place: the next call checks and takes them as they then are.
         self.temperature, self.top_p, self.seeds = map(_as_list, (settings.temperature, settings.top_p, settings.seeds))
         self.generator = generator
-        self.pads = None if attention_mask is None else left_pads(attention_mask)
+        self.pads = None if attention_mask is None else left_pads(_as_mask(attention_mask))
         self._ready = threading.local()  # the last call's settings, and its TokenSampler
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: (B, T); scores: (B, V). Returns new float32 scores (B, V), one-hot."""
+        _check_scores(scores)
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor of shape (B, T), got {type(input_ids).__name__}")
         if input_ids.dim() != 2:
             raise ValueError(
                 f"LlamaSampler needs input_ids of shape (B, T), got {tuple(input_ids.shape)}: under continuous "
                 "batching use LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
             )
+        if len(input_ids) != len(scores):
+            raise ValueError(f"scores must have one row per row of input_ids, got {len(scores)} for {len(input_ids)}")
         column = input_ids.shape[1]
         sampler = self._sampler_for(len(scores), scores.device)
         draw = sampler(scores.detach().float(), column, with_mass=False)
@@ -180,6 +187,25 @@ class LlamaSampler(LogitsProcessor):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._ready = threading.local()
+
+
+def _check_scores(scores: Any) -> None:
+    """Scores (B, V), or (rows, V) of continuous batching, floating-point, of one token at least."""
+    if not (isinstance(scores, Tensor) and scores.is_floating_point()):
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores must be a floating-point tensor of shape (B, V), got {found}: pass the model's logits")
+    if scores.dim() != 2 or not scores.shape[-1]:
+        raise ValueError(f"scores must be of shape (B, V), got {tuple(scores.shape)}: add a batch dimension")
+
+
+def _as_mask(attention_mask: Any) -> Tensor:
+    """A mask as a tensor, from whatever holds its numbers."""
+    try:
+        return torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"attention_mask must be a tensor of shape (B, T), got {type(attention_mask).__name__}"
+        ) from None
 
 
 def _as_list(values: Any) -> Any:
@@ -227,6 +253,8 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
     """
     if not isinstance(probs, Tensor):
         raise TypeError(f"probs must be a tensor of shape (B, V), got {type(probs).__name__}: pass torch.tensor(probs)")
+    if not probs.is_floating_point():
+        raise TypeError(f"probs must be floating-point, got {probs.dtype}: pass probs.float(), of rows that sum to 1")
     if probs.dim() != 2:
         raise ValueError(
             f"probs must be of shape (B, V), got {tuple(probs.shape)}: add a batch dimension with probs[None]"

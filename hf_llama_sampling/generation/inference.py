@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from .model_info import length_limit
 from .probe import is_known
+from .releases import CACHE_NAME
 from .view import Observer
 
 _KNOWN_HOMES = ("torch", "transformers", __name__.partition(".")[0])
@@ -25,9 +26,12 @@ _KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def in_inference_mode(model: Any, observer: Observer | None) -> Observer | None:
-    """An observer under which a model's forwards run in inference mode, if they leave nothing; `observer` sees them."""
-    if not _leaves_nothing(model):
+def in_inference_mode(model: Any, observer: Observer | None, arguments: dict[str, Any]) -> Observer | None:
+    """An observer under which a model's forwards run in inference mode, if they leave nothing; `observer` sees them.
+
+    `arguments` are those of transformers' `generate`.
+    """
+    if not _leaves_nothing(model) or _may_be_compiled(arguments):
         return observer
     if observer is None:
         return _forward
@@ -48,6 +52,13 @@ def _a_mode_watches() -> bool:
     """Whether some mode of torch sees each operation; it may keep what it sees."""
     modes = (_get_current_dispatch_mode(), _get_current_function_mode())  # type: ignore[no-untyped-call]
     return any(mode is not None for mode in modes)
+
+
+def _may_be_compiled(arguments: dict[str, Any]) -> bool:
+    """Whether transformers may compile the steps, as with static caches: in one graph, where such a switch is none."""
+    config, cache = arguments.get("generation_config"), arguments.get(CACHE_NAME)
+    asked = (getattr(config, name, None) is not None for name in ("cache_implementation", "compile_config"))
+    return any(asked) or not (cache is None or type(cache) is DynamicCache)
 
 
 def _leaves_nothing(model: Any) -> bool:

@@ -324,7 +324,7 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
     """transformers' own `generate`, on a view of the model, between which and the loop an `observer` may stand."""
 
     def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
-        view = loop_view(model, in_inference_mode(model, observer))
+        view = loop_view(model, in_inference_mode(model, observer, kwargs))
         return super(LlamaGenerationMixin, view).generate(*args, **kwargs)
 
     return generate

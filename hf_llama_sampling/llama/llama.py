@@ -275,35 +275,7 @@ class Llama:
         """
         if max_gen_len is None:
             raise TypeError("max_gen_len must be an int, got None: give the most new tokens per row")
-        tokens, scores = self._generate(
-            prompt_tokens,
-            max_gen_len=max_gen_len,
-            temperature=temperature,
-            top_p=top_p,
-            seeds=seeds,
-            flags=_flags(logprobs, echo, sampling_logprobs),
-            **_given(
-                stop_token=stop_token,
-                logprobs_of=logprobs_of,
-                streamer=streamer,
-                stopping_criteria=stopping_criteria,
-                prompt_cache=prompt_cache,
-            ),
-        )
-        values = scores.pop("logprobs", None)
-        return (tokens, values, scores) if scores else (tokens, values)
-
-    def _generate(
-        self,
-        prompt_tokens: Any,
-        *,
-        flags: dict[str, bool],
-        logprobs_of: LogprobsOf | None = None,
-        stop_token: int | None = None,
-        prompt_cache: PromptCache | None = None,
-        **options: Any,
-    ) -> tuple[list[list[int]], dict[str, list[list[Any]]]]:
-        """The rows' tokens, and by the names of a prediction's fields what was asked for beside each of them."""
+        flags = _flags(logprobs, echo, sampling_logprobs)
         prompts = as_rows(prompt_tokens)
         self._check_batch(prompts)
         rows = len(prompts) if hasattr(prompts, "__len__") else 1  # what has no length is refused by the engine
@@ -315,15 +287,21 @@ class Llama:
             eos_token_id=self.eos_ids if stop_token is None else check_int("stop_token", stop_token, least=0),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
+            max_gen_len=max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+            seeds=seeds,
             logprobs_of=named,
-            **flags,
             prompt_cache=self.prompt_cache if prompt_cache is None else prompt_cache,
-            **options,
+            **flags,
+            **_given(streamer=streamer, stopping_criteria=stopping_criteria),
         )
         assert output.tokens is not None
         fields = _score_fields(flags, named=logprobs_of is not None)
         nothing_named: list[list[Any]] = [[[] for _ in row] for row in output.tokens]
-        return output.tokens, {name: getattr(output, name) or nothing_named for name in fields}
+        scores = {name: getattr(output, name) or nothing_named for name in fields}
+        values = scores.pop("logprobs", None)
+        return (output.tokens, values, scores) if scores else (output.tokens, values)
 
     def text_completion(
         self,
@@ -363,18 +341,19 @@ class Llama:
         """
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
         stops = None if stop is None else StopStrings(stop, len(ids))
-        tokens, scores = self._generate(
-            ids,
+        answers = self.generate(
+            prompt_tokens=ids,
             max_gen_len=self._gen_len(max_gen_len),
             temperature=temperature,
             top_p=top_p,
-            seeds=seeds,
-            flags=_flags(logprobs, echo, sampling_logprobs),
-            **_given(logprobs_of=logprobs_of, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
+            logprobs=logprobs,
+            echo=echo,
+            **_given(seeds=seeds, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
+            **_asked_beside(logprobs_of, sampling_logprobs),
         )
         given = [len(prompt) if echo else 0 for prompt in ids]
         predictions: list[CompletionPrediction] = []
-        for row, (answer, row_scores) in enumerate(_rows_with_scores(tokens, scores)):
+        for row, (answer, row_scores) in enumerate(_rows_with_scores(*answers)):
             text, details = self._answer(row, answer, row_scores, given[row], stops)
             predictions.append({"generation": text, **details})  # type: ignore[typeddict-item]
         return predictions
@@ -429,17 +408,16 @@ class Llama:
         answers: dict[int, tuple[str, dict[str, Any]]] = {}
         if ids or not listed:
             row_seeds = None if seeds is None else [check_seeds(seeds, len(listed))[row] for row in asked]
-            tokens, scores = self._generate(
-                ids,
+            generated = self.generate(
+                prompt_tokens=ids,
                 max_gen_len=self._gen_len(max_gen_len),
                 temperature=temperature,
                 top_p=top_p,
-                seeds=row_seeds,
-                flags=flags,
-                logprobs_of=None if named is None else [named[row] for row in asked],
-                **_given(stopping_criteria=self._criteria(stops, ids)),
+                logprobs=logprobs,
+                **_given(seeds=row_seeds, stopping_criteria=self._criteria(stops, ids)),
+                **_asked_beside(None if named is None else [named[row] for row in asked], sampling_logprobs),
             )
-            rows = enumerate(_rows_with_scores(tokens, scores))
+            rows = enumerate(_rows_with_scores(*generated))
             answers = {asked[i]: self._answer(i, answer, row_scores, 0, stops) for i, (answer, row_scores) in rows}
         fields = _score_fields(flags, named=named is not None)
         nothing: dict[str, Any] = {name: [] for name in ("tokens", *fields)} if fields else {}
@@ -704,8 +682,16 @@ def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
     )
 
 
+def _asked_beside(logprobs_of: LogprobsOf | None, sampling_logprobs: bool) -> dict[str, Any]:
+    """The keywords of `generate` that ask for more beside each token, as far as they ask for something."""
+    return _given(logprobs_of=logprobs_of) | (
+        {"sampling_logprobs": sampling_logprobs} if sampling_logprobs is not False else {}
+    )
+
+
 def _rows_with_scores(
-    tokens: list[list[int]], scores: dict[str, list[list[Any]]]
+    tokens: list[list[int]], logprobs: list[list[float]] | None, more: dict[str, list[list[Any]]] | None = None
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
-    """Each row's tokens, and what was asked for beside them."""
+    """Each row of an answer of `generate`, and by the names of a prediction's fields what stands beside its tokens."""
+    scores = ({} if logprobs is None else {"logprobs": logprobs}) | (more or {})
     return [(row, {name: values[place] for name, values in scores.items()}) for place, row in enumerate(tokens)]

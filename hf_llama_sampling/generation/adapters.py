@@ -6,10 +6,16 @@ beneath learns of them. What this module does not do: it imports no PEFT, and it
 """
 
 import copy
+import importlib.metadata
 import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
+
+import transformers
+from packaging.version import Version
+
+from .releases import CACHE_NAME
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -24,6 +30,18 @@ def soft_prompts_of(model: Any) -> Any:
         return None
     adapter = getattr(owner, "active_peft_config", None)
     return None if adapter is not None and not _is_soft_prompt(adapter) else owner
+
+
+def refuse_lost_soft_prompts(model: Any) -> None:
+    """Refuse soft prompts where PEFT hands them over under a name of the cache that transformers no longer reads."""
+    if CACHE_NAME == "past_key_values" or soft_prompts_of(model) is None:
+        return
+    version = importlib.metadata.version("peft")
+    if Version(version) < Version("0.22"):
+        raise ValueError(
+            f"PEFT {version} loses soft prompts under transformers {transformers.__version__}, which reads another "
+            "name of the cache: take transformers 5.23, or a newer PEFT"
+        )
 
 
 def virtual_tokens(model: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
-from .adapters import is_peft_model, refuse_invocation_tokens, through_peft, with_inner
+from .adapters import is_peft_model, refuse_invocation_tokens, refuse_lost_soft_prompts, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .inference import in_inference_mode
@@ -322,6 +322,8 @@ def _read_prompts(model: Any, inputs: Any, attention_mask: Any, options: dict[st
 
 def _transformers_generate(model: Any) -> Callable[..., Any]:
     """transformers' own `generate`, on a view of the model, between which and the loop an `observer` may stand."""
+
+    refuse_lost_soft_prompts(model)
 
     def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
         view = loop_view(model, in_inference_mode(model, observer, kwargs))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from hf_llama_sampling.generation import adapters
 from hf_llama_sampling.generation.releases import CACHE_NAME, CACHE_NAMES, OLDEST, check_release
 from tests.generation.helpers import SHORT
 
@@ -50,3 +51,16 @@ def test_newer_releases_are_taken():
     """The oldest one itself, this one, and those to come."""
     for version in (OLDEST, "5.23.1", transformers.__version__, "6.0.0", "5.25.0.dev0"):
         check_release(version)
+
+
+def test_soft_prompts_that_peft_would_lose_are_refused(tiny_model, monkeypatch):
+    """Under transformers 5.24 PEFT 0.21 hands them over by the older name, and its own generate loses them."""
+    monkeypatch.setattr(adapters, "soft_prompts_of", lambda model: model)
+    monkeypatch.setattr(adapters.importlib.metadata, "version", lambda name: "0.21.2")
+    monkeypatch.setattr(adapters, "CACHE_NAME", "past_key_values")
+    adapters.refuse_lost_soft_prompts(tiny_model)
+    monkeypatch.setattr(adapters, "CACHE_NAME", "cache")
+    with pytest.raises(ValueError, match=r"PEFT 0\.21\.2 loses soft prompts under .*: take transformers 5\.23"):
+        adapters.refuse_lost_soft_prompts(tiny_model)
+    monkeypatch.setattr(adapters.importlib.metadata, "version", lambda name: "0.22.0")
+    adapters.refuse_lost_soft_prompts(tiny_model)

@@ -8,10 +8,11 @@ import torch
 import transformers
 
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import loops, memory, sharing
+from tests.benchmarks import continuous, loops, memory, sharing
 from tests.benchmarks.measure import Effort, Waits, line, peak_bytes
 from tests.bounds import ROUNDING
 from tests.conftest import TINY
+from tests.generation.batching import without_collections
 
 SMALL = benchmarks.QUICK._replace(
     vocabularies=(500,),
@@ -30,6 +31,7 @@ SMALL = benchmarks.QUICK._replace(
     echoed=[(1, 12)],
     sampled=3,
     budgets=[100],
+    requests=[(continuous.Requests(count=4, shortest=4, longest=9, fewest=1, most=4, rows=2), 0.75)],
     plotted=([8, 16], [50, 500]),
     shared=([1, 2], [0, 40]),
 )
@@ -52,6 +54,7 @@ TARGETS = {
     "score": {None},
     "samples": {0.45},
     "header": {0.55},
+    "continuous": {0.75},
     "choices": {0.1, 0.3},
     "chat": {0.25},
     "one-token": {1.1},
@@ -73,9 +76,12 @@ def models():
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_row_is_measured(models, monkeypatch, name):
     """Each line has a ratio of its own and section 11's target; smaller sizes have no target that depends on size."""
+    if name == "continuous":
+        without_collections(monkeypatch)
     small = benchmarks.rows(lambda: models, EFFORT, SMALL)
     assert list(small) == list(TARGETS)
-    if name.startswith(("logprobs", "ragged", "memory", "length", "samples", "header", "choices", "chat", "one")):
+    sized = ("logprobs", "ragged", "memory", "length", "samples", "header", "continuous", "choices", "chat", "one")
+    if name.startswith(sized):
         assert {line.at_most for line in small[name]()} == {None}
     monkeypatch.setattr(benchmarks, "FULL", SMALL)
     lines = list(benchmarks.rows(lambda: models, EFFORT, SMALL)[name]())

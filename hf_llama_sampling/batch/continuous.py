@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..generation.continuous import requests_in_flight
 from ..llama.llama import Llama
 from .engine import is_out_of_memory, respond_with_tokens
 from .requests import Refused, Request, Response
@@ -17,7 +18,7 @@ from .settings import BatchLimits, RunSettings
 logger = logging.getLogger(__name__)
 
 _PAGE = 32  # tokens; what a request holds beyond its own is less than a page
-_FORWARD = 512  # most tokens of a forward: more would not make it faster per token
+_FORWARD = 256  # most tokens of a forward: more would not make it faster per token
 
 
 def refuse_without_place(settings: RunSettings) -> None:
@@ -96,13 +97,16 @@ class ContinuousEngine:
         from transformers import ContinuousBatchingConfig
 
         reach = [len(request.prompt) + request.limit for request in requests]
-        in_flight = sum(math.ceil(tokens / _PAGE) + 1 for tokens in sorted(reach)[-self.limits.rows :])
+        rows = self.limits.rows
+        if self.llama.model.device.type == "cpu":
+            rows = min(rows, requests_in_flight(reach))
+        in_flight = sum(math.ceil(tokens / _PAGE) + 1 for tokens in sorted(reach)[-rows:])
         blocks = max(min(in_flight, self.limits.tokens // _PAGE), math.ceil(max(reach) / _PAGE) + 1)
         return ContinuousBatchingConfig(
             page_size=_PAGE,
             num_blocks=blocks,
-            max_batch_tokens=max(_FORWARD, self.limits.rows),
-            max_requests_per_batch=self.limits.rows,
+            max_batch_tokens=max(_FORWARD, rows),
+            max_requests_per_batch=rows,
         )
 
     def _add(self, manager: Any, request: Request) -> bool:

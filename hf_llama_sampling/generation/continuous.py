@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
 from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from .options import NO_EDIT, Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias, sort_keywords
+from .probe import Probe, equal_up_to_rounding
 
 if TYPE_CHECKING:
     from .request_manager import LlamaBatchingManager, ManagerSettings
@@ -35,6 +37,8 @@ _TAKEN = {
 }
 # On CPU transformers would take most of the memory for the cache, so its size follows from the requests.
 CPU_PAGE, CPU_REQUESTS, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16, 16_384, 256
+# There each token of a step is compared with the keys of all requests in flight, so that long ones had better be few.
+_KEYS_IN_FLIGHT = 1536
 
 
 class LlamaContinuousMixin:
@@ -189,7 +193,8 @@ class LlamaContinuousMixin:
         asked = resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", _max_new_tokens(call, max_gen_len))
         limits = choose_gen_lens(asked, total, prompts)
         hints = _hints(prompts, limits, settings)
-        manager = _make_manager(self, continuous_batching_config, hints, settings)
+        reach = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        manager = _make_manager(self, continuous_batching_config, hints, settings, reach=reach)
         with _running(manager, persistent_manager, warmup):
             ids = _add_rows(manager, prompts, limits, drawn, record_timestamps)
             return _collect(manager, ids, progress_bar)
@@ -267,7 +272,14 @@ def _logprobs(asked: bool | None, config: Any) -> bool:
     return bool(getattr(config, "return_logprobs", False)) if asked is None else check_bool("logprobs", asked)
 
 
-def _make_manager(model: Any, config: Any, hints: Any, settings: "ManagerSettings") -> "LlamaBatchingManager":
+def requests_in_flight(reach: Sequence[int]) -> int:
+    """How many requests of such lengths had better be in flight on a CPU."""
+    return max(4, min(2 * CPU_REQUESTS, _KEYS_IN_FLIGHT * len(reach) // sum(reach)))
+
+
+def _make_manager(
+    model: Any, config: Any, hints: Any, settings: "ManagerSettings", *, reach: Sequence[int] = ()
+) -> "LlamaBatchingManager":
     """A manager, or the one that an earlier call kept."""
     module = _manager_module()
     if config is not None and not isinstance(config, transformers.ContinuousBatchingConfig):
@@ -282,8 +294,38 @@ def _make_manager(model: Any, config: Any, hints: Any, settings: "ManagerSetting
     kept = vars(model).get("_cached_continuous_batching_manager")
     if kept is not None:
         return _kept_manager(model, kept, module, config, settings)
-    sized = _size_for_cpu(model, config, hints)
+    if not Probe(model, model.generate).keeps_requests_apart(lambda: _requests_stay_apart(model, module)):
+        raise ValueError(
+            f"{type(model).__name__} does not keep requests apart in transformers' continuous batching, whose pages "
+            "its attention or its states do not read: use generate"
+        )
+    sized = _size_for_cpu(model, config, hints, reach)
     return module.LlamaBatchingManager(model, sized, hints, settings, asked=config)  # type: ignore[no-any-return]
+
+
+def _requests_stay_apart(model: Any, module: Any) -> bool:
+    """Try it: two greedy requests, in small steps of one thread, have the logprobs that `generate` finds for each."""
+    prompts = [[token % vocab_size_of(model) for token in (1, 38, 75, 112, 149)[:length]] for length in (5, 3)]
+    settings = module.ManagerSettings(0.0, 1.0, 4, None, (), 1, True)
+    config = transformers.ContinuousBatchingConfig(
+        page_size=4, num_blocks=16, max_batch_tokens=4, max_requests_per_batch=2, use_async_batching=False
+    )
+    config.use_cuda_graph = False
+    was_training = model.training
+    try:
+        found = module.LlamaBatchingManager(model.eval(), config, None, settings).answers_at_once(prompts)
+        for prompt, result in zip(prompts, found, strict=True):
+            alone = model.generate([prompt], max_gen_len=4, temperature=0, logprobs=True, eos_token_id=[])
+            same = [token == wanted for token, wanted in zip(result.generated_tokens, alone.tokens[0], strict=True)]
+            steps = (same.index(False) if False in same else 3) + 1  # where tokens part, both are as probable
+            mine, other = torch.tensor(result.logprobs[:steps]), torch.tensor(alone.logprobs[0][:steps])
+            if not equal_up_to_rounding(mine, other, model.dtype):
+                return False
+    except Exception:  # whatever a model says to pages, it does not take them
+        return False
+    finally:
+        model.train(was_training)
+    return True
 
 
 def _kept_manager(model: Any, kept: Any, module: Any, config: Any, settings: Any) -> "LlamaBatchingManager":
@@ -304,8 +346,11 @@ def _kept_manager(model: Any, kept: Any, module: Any, config: Any, settings: Any
     return kept  # type: ignore[no-any-return]
 
 
-def _size_for_cpu(model: Any, config: Any, hints: Any) -> Any:
-    """The config, with sizes that fit the requests where the model is on a CPU and nobody gave any."""
+def _size_for_cpu(model: Any, config: Any, hints: Any, reach: Sequence[int]) -> Any:
+    """The config, with sizes that fit the requests where the model is on a CPU and nobody gave any.
+
+    `reach` holds the length that each request may come to, if that is known.
+    """
     asked = transformers.ContinuousBatchingConfig(page_size=CPU_PAGE) if config is None else config
     if model.device.type != "cpu" or asked.max_memory_percent is not None:
         return asked
@@ -313,11 +358,16 @@ def _size_for_cpu(model: Any, config: Any, hints: Any) -> Any:
     longest, requests = context, CPU_REQUESTS
     if hints is not None and hints.max_prompt_length:
         longest = hints.max_prompt_length + hints.max_generated_length
-        requests = min(hints.num_requests, CPU_REQUESTS)
+        requests = min(hints.num_requests, requests_in_flight(reach) if reach else CPU_REQUESTS)
     pages = math.ceil(longest / asked.page_size) + 1
     most = max(CPU_CACHE_TOKENS // asked.page_size, pages if hints is not None else 0)
     blocks = first_not_none(asked.num_blocks, min(pages * requests, most))
-    return replace(asked, num_blocks=blocks, max_batch_tokens=first_not_none(asked.max_batch_tokens, CPU_BATCH_TOKENS))
+    return replace(
+        asked,
+        num_blocks=blocks,
+        max_batch_tokens=first_not_none(asked.max_batch_tokens, CPU_BATCH_TOKENS),
+        max_requests_per_batch=first_not_none(asked.max_requests_per_batch, requests if reach else None),
+    )
 
 
 def _hints(prompts: Sequence[Sequence[int]], limits: Sequence[int], settings: "ManagerSettings") -> Any:

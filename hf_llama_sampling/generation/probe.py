@@ -30,6 +30,8 @@ KNOWN = {
 }
 # Those of them whose masks hide what their caches forget. Others forget too, if their config names a window.
 _WITH_WINDOWS = {"mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2"}
+# Those of them that transformers' continuous batching does not run (5.23), or runs without reading its pages.
+_NOT_PAGED = {"bloom", "falcon", "gpt_neo", "gptj", "codegen", "stablelm", "deepseek_v3"}
 
 # What was found, by model: a name of the question, and the answer.
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
@@ -100,6 +102,11 @@ class Probe:
     def scores_prompts(self) -> bool:
         """Whether a column's logits are what the loop gets for the text up to it, so that they score the next token."""
         return self._holds("scores", _scores_prompts)
+
+    def keeps_requests_apart(self, ask: Callable[[], bool]) -> bool:
+        """Whether requests of continuous batching stay what they are alone; `ask` tries it."""
+        known = is_known(self.model) and self.model.config.model_type not in _NOT_PAGED
+        return known or _found(self.model, "requests", ask)
 
     def _holds(self, question: str, ask: Callable[[Any, Callable[..., Any]], bool]) -> bool:
         if self.model.training or is_known(self.model):  # in training, dropout would be all that is found
@@ -182,7 +189,7 @@ def _reads_in_pieces(model: Any, generate: Callable[..., Any]) -> bool:
         chunked, _ = _logits(generate, ids, torch.ones_like(ids), prefill_chunk_size=3)
     except Exception:
         return False
-    return _equal(chunked, whole, model.dtype)
+    return equal_up_to_rounding(chunked, whole, model.dtype)
 
 
 def _reads_by_steps(model: Any, generate: Callable[..., Any]) -> bool:
@@ -192,7 +199,7 @@ def _reads_by_steps(model: Any, generate: Callable[..., Any]) -> bool:
         stepped, _ = _logits(generate, ids[:, :3], torch.ones_like(ids[:, :3]), text=ids)
     except Exception:
         return False
-    return _equal(stepped, whole, model.dtype)
+    return equal_up_to_rounding(stepped, whole, model.dtype)
 
 
 def _window_of(model: Any) -> int | None:
@@ -221,7 +228,7 @@ def _short_window_hides(model: Any) -> bool:
                 return True  # its states are its own, and no such cache forgets for it
     except Exception:  # a model that cannot be copied, or is not called so
         return False
-    return window_of(cache) == 4 and _equal(torch.cat(parts, 1).float(), whole.float(), model.dtype)
+    return window_of(cache) == 4 and equal_up_to_rounding(torch.cat(parts, 1).float(), whole.float(), model.dtype)
 
 
 def _resumes(model: Any, generate: Callable[..., Any]) -> bool:
@@ -235,7 +242,7 @@ def _resumes(model: Any, generate: Callable[..., Any]) -> bool:
         resumed, _ = _logits(generate, ids, ones, cache=cache_in(begun))
     except Exception:
         return False
-    return _equal(resumed, whole, model.dtype)
+    return equal_up_to_rounding(resumed, whole, model.dtype)
 
 
 def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
@@ -251,7 +258,7 @@ def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
         repeated, _ = _logits(generate, ids, torch.ones_like(ids), cache=cache)
     except Exception:  # a cache of another kind, or one that is not taken
         return False
-    return _equal(repeated, whole, model.dtype)
+    return equal_up_to_rounding(repeated, whole, model.dtype)
 
 
 def _takes_padding(model: Any, generate: Callable[..., Any]) -> bool:
@@ -264,7 +271,7 @@ def _takes_padding(model: Any, generate: Callable[..., Any]) -> bool:
         alone, _ = _logits(generate, batch[1:, pads:], mask[1:, pads:])
     except Exception:
         return False
-    return _equal(together[1:], alone, model.dtype)
+    return equal_up_to_rounding(together[1:], alone, model.dtype)
 
 
 def _keeps_rows_apart(model: Any, generate: Callable[..., Any]) -> bool:
@@ -272,7 +279,7 @@ def _keeps_rows_apart(model: Any, generate: Callable[..., Any]) -> bool:
     batch = torch.stack([ids, ids.flip(0)])
     together, _ = _logits(generate, batch, torch.ones_like(batch))
     alone, _ = _logits(generate, batch[1:], torch.ones_like(batch[1:]))
-    return _equal(together[1:], alone, model.dtype)
+    return equal_up_to_rounding(together[1:], alone, model.dtype)
 
 
 class _AllLogits:
@@ -301,7 +308,7 @@ def _scores_prompts(model: Any, generate: Callable[..., Any]) -> bool:
         return False
     if whole.logits is None or part.logits is None or whole.logits.shape[1] < 8:
         return False
-    return _equal(whole.logits[:, 3].float(), part.logits[:, -1].float(), model.dtype)
+    return equal_up_to_rounding(whole.logits[:, 3].float(), part.logits[:, -1].float(), model.dtype)
 
 
 class _WithoutPositions:
@@ -327,7 +334,7 @@ def _counts_positions(model: Any, generate: Callable[..., Any]) -> bool:
         _logits(generate, ids, torch.ones_like(ids), observer=both)
     except Exception:  # a model that needs them
         return True
-    return not both.logits or _equal(both.logits[0].float(), both.logits[1].float(), model.dtype)
+    return not both.logits or equal_up_to_rounding(both.logits[0].float(), both.logits[1].float(), model.dtype)
 
 
 def _some_ids(model: Any, count: int) -> Tensor:
@@ -366,7 +373,7 @@ def _logits(
     return torch.stack(output.logits[-3:], 1), cache_in(output)
 
 
-def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def equal_up_to_rounding(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether logits are equal up to the model's rounding at their size; a state that is lost is off by far more."""
     size = expected.abs().where(expected.abs() < 1e30, 0.0).max()  # some models mask ids with the least float
     allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * size

@@ -61,11 +61,22 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
         config = copy.copy(config)
         config.return_logprobs = True  # they carry the news of nan and inf too
-        super().__init__(model, own, config, hints)
+        self._attention = model.config._attn_implementation
+        try:
+            super().__init__(model, own, config, hints)
+        except BaseException:
+            self._restore(model)
+            raise
         self.settings = settings
         self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
         self.output_router = _Router(self._finish)
         self._in_flight: set[str] = set()
+
+    def _restore(self, model: Any) -> None:
+        """Leave the model's mode and attention as they were before."""
+        model.train(self._was_training)
+        if model.config._attn_implementation != self._attention:
+            model.set_attn_implementation(self._attention)
 
     def start(self) -> None:
         """Start the thread that generates. The cache is made here, so that what is wrong with it is said here."""
@@ -180,6 +191,20 @@ class LlamaBatchingManager(ContinuousBatchingManager):
                 raise ValueError(f"row {row}: {error}") from error
         return [name if self.is_tp_driver else None for name in names]
 
+    def answers_at_once(self, prompts: list[list[int]]) -> list[GenerationOutput]:
+        """The results of some requests with the manager's settings, in this thread, without a start or a stop."""
+        try:
+            processor = self._processor()
+            names = self.add_rows(prompts, [{"seed": 0}] * len(prompts))
+            while processor.prepare_next_batch():
+                processor._generation_step(self.model)
+                processor.update_batch()
+            results = {result.request_id: result for result in list(self.output_router.output_queue.queue)}
+            return [results[name] for name in names]
+        finally:
+            self._restore(self.model)
+            self.batch_processor = None
+
     def cancel_request(self, request_id: str) -> None:
         """Forget a request: no result comes any more, and others are not disturbed."""
         self._in_flight.discard(request_id)
@@ -235,11 +260,13 @@ class LlamaBatchingManager(ContinuousBatchingManager):
 
     def _refuse_if_closed(self) -> None:
         denial = self.background_thread_status.can_accept_new_requests()
-        if denial is not None:
-            cause = self.background_thread_status.fatal_error
+        cause = self.background_thread_status.fatal_error
+        if cause is not None:
             raise RuntimeError(
-                f"the manager takes no requests any more ({cause or 'it was stopped'}): make a new one"
+                f"continuous batching failed: {cause}, and its manager takes no requests any more: make a new one"
             ) from cause
+        if denial is not None:
+            raise RuntimeError("the manager was stopped, and takes no requests any more: make a new one")
 
     def _with_children(self, state: RequestState) -> list[RequestState]:
         """The request, and where transformers would make its children of an empty forward, those as requests.

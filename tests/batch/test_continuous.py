@@ -1,7 +1,6 @@
 """`engine="continuous"` gives the answers of batches, and what fails there is asked again in batches."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -11,14 +10,14 @@ from hf_llama_sampling.batch.continuous import ContinuousEngine
 from hf_llama_sampling.cli import main
 from tests.batch.helpers import SETTINGS, ask_all, read, some_records, write
 from tests.bounds import ROUNDING
+from tests.generation.batching import without_collections
 
 batching = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
 
 
 @pytest.fixture(autouse=True)
-def _without_collections(monkeypatch):
-    """transformers collects garbage whenever a manager stops, which takes longer than a run of a tiny model."""
-    monkeypatch.setattr(batching, "gc", types.SimpleNamespace(collect=lambda: 0))
+def _quick(monkeypatch):
+    without_collections(monkeypatch)
 
 
 def same(found, expected):

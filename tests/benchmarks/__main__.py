@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from . import draws, loops, memory, sharing, steps
+from . import continuous, draws, loops, memory, sharing, steps
 from .loops import Models
 from .measure import Effort, Line
 
@@ -47,6 +47,7 @@ class Sizes(NamedTuple):
     echoed: Sequence[tuple[int, int]]  # rows and prompt length, with one new token
     sampled: int  # tokens of the tiny model
     budgets: Sequence[int]  # columns of caches
+    requests: Sequence[tuple[continuous.Requests, float | None]]  # and the target
     plotted: tuple[Sequence[int], Sequence[int]]  # lengths and vocabularies
     shared: tuple[Sequence[int], Sequence[int]]  # plotted: choices and headers
 
@@ -72,6 +73,10 @@ FULL = Sizes(
     echoed=[(1, 256), (8, 256)],
     sampled=100,
     budgets=[1_000, 4_000, 16_000],
+    requests=[
+        (continuous.Requests(count=32, shortest=8, longest=64, fewest=4, most=64, rows=8), 0.75),
+        (continuous.Requests(count=32, shortest=16, longest=256, fewest=4, most=64, rows=8), None),
+    ],
     plotted=([64, 128, 256, 512, 1024, 2048], [500, 2_000, 8_000, 32_000, 64_000, 128_256]),
     shared=([1, 2, 4, 8], [0, 125, 250, 500, 1000]),
 )
@@ -92,6 +97,7 @@ QUICK = Sizes(
     echoed=[(1, 32)],
     sampled=20,
     budgets=[200, 1_000],
+    requests=[(continuous.Requests(count=8, shortest=8, longest=24, fewest=2, most=8, rows=4), 0.75)],
     plotted=([64, 128, 256, 512], [2_000, 32_000, 128_256]),
     shared=([1, 2, 4], [0, 64, 128]),
 )
@@ -128,6 +134,11 @@ def rows(model: Callable[[], Models], effort: Effort, sizes: Sizes) -> dict[str,
         "score": lambda: loops.scoring(model(), effort, cases=sizes.score),
         "samples": lambda: sharing.samples(model(), effort, sizes.samples),
         "header": lambda: sharing.common_header(model(), effort, sizes.header),
+        "continuous": lambda: (
+            measured
+            for case, most in sizes.requests
+            for measured in continuous.against_sorted_batches(model(), effort, case, most)
+        ),
         "choices": lambda: (
             measured
             for case, most in sizes.choices

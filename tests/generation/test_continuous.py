@@ -4,7 +4,6 @@ import collections
 import copy
 import random
 import sys
-import types
 
 import pytest
 import torch
@@ -12,12 +11,15 @@ import transformers
 
 from hf_llama_sampling import with_llama_generation
 from tests.conftest import TINY
-from tests.generation.batching import FEW, answer, answers, config, cpu_as_a_device
+from tests.families.zoo import CONTEXT, build_ours
+from tests.families.zoo import EOS as FAMILY_EOS
+from tests.generation.batching import FEW, answer, answers, config, cpu_as_a_device, without_collections
 from tests.generation.helpers import BOS, EOS, RAGGED, SHORT, close
 
 batching = pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
 
 ROWS = 64
+PROMPTS = [[1, 5, 6], [1, *range(60, 72)], [1, *range(7, 25)]]  # of other families
 LOOPS = {
     "few blocks": {},
     "no sharing": {"allow_block_sharing": False, "scheduler_type": "prefill_first"},
@@ -45,11 +47,8 @@ def random_rows(seed, rows=ROWS):
 
 
 @pytest.fixture(autouse=True)
-def _without_collections(monkeypatch):
-    """transformers collects garbage whenever a manager stops, which takes longer than a test of a tiny model."""
-    from transformers.generation.continuous_batching import continuous_api
-
-    monkeypatch.setattr(continuous_api, "gc", types.SimpleNamespace(collect=lambda: 0))
+def _quick(monkeypatch):
+    without_collections(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +305,35 @@ def test_the_cache_is_sized_by_the_requests(tiny_model):
     manager.start()
     assert len(answer(manager.get_result())) == room - 39
     manager.stop()
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "ctrl", "gpt_oss", "bert"])
+def test_other_families(family):
+    """Windows, learned and computed positions, sinks; tried out where the family is not known."""
+    model = build_ours(family)
+    asked = {"max_gen_len": 6, "max_seq_len": CONTEXT, "seeds": 7, "temperature": 0.9}
+    expected = model.generate(PROMPTS, **asked).tokens
+    found = model.generate_batch(
+        PROMPTS, continuous_batching_config=config(num_blocks=16, max_batch_tokens=16), **asked
+    )
+    cut = [
+        tokens[:-1] if tokens[-1:] == [FAMILY_EOS] else tokens
+        for tokens in (r.generated_tokens for r in found.values())
+    ]
+    assert cut == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        *((name, "does not keep requests apart") for name in ("bart", "bert_not_causal", "bloom", "stablelm", "mamba")),
+        *((name, "rotary factors depend on the longest text") for name in ("llama_dynamic", "llama_longrope")),
+    ],
+)
+def test_models_whose_requests_would_not_stay_apart_are_refused_by_name(family, sentence):
+    """Some would give other answers in silence (bart, bert), some would end in a traceback of attention."""
+    model = build_ours(family)
+    implementation = model.config._attn_implementation
+    with pytest.raises(ValueError, match=sentence):
+        model.generate_batch(PROMPTS, max_gen_len=6, max_seq_len=CONTEXT, seeds=7)
+    assert model.config._attn_implementation == implementation

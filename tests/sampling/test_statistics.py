@@ -1,25 +1,29 @@
-"""Chi-squares, end to end through `model.generate`: both random-number contracts draw Meta's distribution.
+"""Chi-squares, end to end through `generate` and `generate_batch`: all random-number contracts draw Meta's rule.
 
-False alarms: a right sampler is compared eleven times below (`accepted`): its marginals and its pairs under three
-contracts, an exact row under three, and two marginals beside a planted fault. Each comparison rejects with probability
-`ALPHA`, so a run on other seeds raises a false alarm with probability 11 * `ALPHA` = 5.5e-7 at most (a union bound,
-whatever their dependence). Cells expect at least `LEAST` draws, so that the chi-square is near the statistic's own
-distribution. Seeds are fixed: a pass stays one. Planted wrong samplers must fall below the same `ALPHA`.
+False alarms: a right sampler is compared fourteen times below (`accepted`): its marginals and its pairs under three
+contracts and under continuous batching, an exact row under three, and three marginals beside a planted fault. Each
+comparison rejects with probability `ALPHA`, so a run on other seeds raises a false alarm with probability 14 * `ALPHA`
+= 7e-7 at most (a union bound, whatever their dependence). Cells expect at least `LEAST` draws, so that the chi-square
+is near the statistic's own distribution. Seeds are fixed: a pass stays one. Planted wrong samplers must fall below the
+same `ALPHA`.
 """
 
 import collections
 
 import pytest
 import torch
+import transformers
 from scipy import stats
 from transformers import LogitsProcessor
 
 from hf_llama_sampling.sampling import fast_path, rule, streams
+from hf_llama_sampling.sampling.continuous import RequestSettings
 from tests.sampling.helpers import kept_tokens
 
 PROMPT = [1, 40, 41]
 ALPHA, LEAST = 5e-8, 20
 DRAWS, CALLS = 8_000, 4
+REQUESTS = 1_200  # under continuous batching; each costs the loop's own work
 CONTRACTS = ["meta", "seeds", "copies"]
 EXACT = [0.5, 0.25, 0.125, 0.125]  # sums of powers of two are exact, so at p = .5 the rule keeps two of them
 
@@ -160,5 +164,36 @@ def test_noise_shared_by_two_rows_is_rejected(tiny_model, expected, monkeypatch,
 
         monkeypatch.setattr(streams.Block, "first", shared)
     tokens = drawn(tiny_model, contract)
+    assert accepted(marginal(tokens[::2], expected))
+    assert not accepted(pairs(tokens, expected))
+
+
+def drawn_by_requests(model, **kwargs):
+    """The first tokens of `REQUESTS` completions, each prompt's two copies side by side, many in flight at once."""
+    pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
+    config = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=300, max_batch_tokens=256)
+    out = model.generate_batch(
+        [PROMPT] * (REQUESTS // 2),
+        continuous_batching_config=config,
+        **{"seeds": 5, "max_gen_len": 1, "eos_token_id": [], "num_return_sequences": 2, **kwargs},
+    )
+    tokens = [result.generated_tokens[0] for result in out.values()]
+    assert len(tokens) == REQUESTS
+    return tokens
+
+
+def test_continuous_batching_draws_metas_distribution(tiny_model, expected):
+    """Requests and their children: each token as often as the rule says, and copies independent of each other."""
+    tokens = drawn_by_requests(tiny_model)
+    assert accepted(marginal(tokens, expected))
+    assert accepted(pairs(tokens, expected))
+    wrong = drawn_by_requests(tiny_model, top_p=0.8)
+    assert set(wrong) <= set(expected) and not accepted(marginal(wrong, expected))
+
+
+def test_noise_shared_by_requests_and_children_is_rejected(tiny_model, expected, monkeypatch):
+    """A child that takes its request's noise: every row alone is right, the pairs are not."""
+    monkeypatch.setattr(RequestSettings, "copy_of", lambda settings, request_id: 0)
+    tokens = drawn_by_requests(tiny_model)
     assert accepted(marginal(tokens[::2], expected))
     assert not accepted(pairs(tokens, expected))

@@ -291,11 +291,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if hasattr(arguments, "temperature"):
         arguments.settings = SamplingSettings(arguments.temperature, arguments.top_p)
         if arguments.command == "batch":
-            check_int("seed", arguments.seed, least=0, most=2**64 - 1)
+            seeds_as_given(arguments.seed)
         else:
             check_int("seed", arguments.seed, least=-(2**63), most=2**64 - 1)
     if arguments.command == "lm-eval":
-        check_int("seed", arguments.seed, least=0, most=2**64 - 1)
+        seeds_as_given(arguments.seed)
         if not arguments.tasks.strip(","):
             raise ValueError("an evaluation needs at least one task: name it with --tasks")
         if arguments.limit is not None and not arguments.limit > 0:

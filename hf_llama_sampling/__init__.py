@@ -8,6 +8,7 @@ from .defaults import no_model_class as _no_model_class
 
 if TYPE_CHECKING:
     from .generation.continuations import LlamaContinuationOutput as LlamaContinuationOutput
+    from .generation.events import TokenEvent as TokenEvent
     from .generation.mixin import LlamaForCausalLM as LlamaForCausalLM
     from .generation.mixin import LlamaGenerationMixin as LlamaGenerationMixin
     from .generation.mixin import with_llama_generation as with_llama_generation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "llama.dialog": ["Dialog", "Message", "Role"],
     "generation.continuations": ["LlamaContinuationOutput"],
+    "generation.events": ["TokenEvent"],
     "generation.mixin": ["LlamaForCausalLM", "LlamaGenerationMixin", "with_llama_generation"],
     "generation.outputs": ["LlamaGenerateOutput", "LlamaScoreOutput"],
     "generation.prompt_cache": ["PromptCache"],

@@ -77,6 +77,8 @@ def complete(arguments: argparse.Namespace) -> int:
     """Complete prompts and print them."""
     prompts = _prompts(arguments)
     llama = _load(arguments)
+    if arguments.stream:
+        return _stream(llama, prompts, arguments)
     from .evaluation.terminal import coloured_answer, write_coloured
 
     with progress(arguments.max_gen_len) as streamer:
@@ -91,6 +93,7 @@ def complete(arguments: argparse.Namespace) -> int:
             echo=arguments.echo,
             seeds=arguments.seeds,
             stop=arguments.stop or None,
+            continuing=True,
             streamer=streamer,
         )
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -112,6 +115,31 @@ def complete(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _stream(llama: Any, prompts: list[str], arguments: argparse.Namespace) -> int:
+    """Print completions as their tokens come: one as text, or any number as JSON, a line for each event."""
+    events = llama.stream_completion(
+        prompts,
+        temperature=arguments.settings.temperature,
+        top_p=arguments.settings.top_p,
+        max_gen_len=arguments.max_gen_len,
+        logprobs=arguments.logprobs,
+        echo=arguments.echo,
+        seeds=arguments.seeds,
+        stop=arguments.stop or None,
+        continuing=True,
+    )
+    with contextlib.closing(events):
+        for event in events:
+            if arguments.json:
+                said = {name: value for name, value in event._asdict().items() if value is not None}
+                write_json({"row": event.row, "id": event.id, "text": event.text, **said})
+            else:
+                write(event.text, end="")
+    if not arguments.json:
+        write("")
+    return 0
+
+
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     """The prompts of `complete`: arguments and files, or lines of standard input if there are none."""
     check_stdout("complete")
@@ -124,6 +152,9 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError("complete needs a prompt: give it as an argument, by --file, or per line on standard input")
     if arguments.seeds is not None:
         check_seeds(arguments.seeds, len(prompts))
+    if arguments.stream and not arguments.json and (len(prompts) > 1 or arguments.logprobs):
+        asked = "--logprobs" if arguments.logprobs else f"{len(prompts)} prompts"
+        raise ValueError(f"--stream prints the text of one prompt, got {asked}: add --json for a line per token")
     return prompts
 
 
@@ -357,6 +388,11 @@ def _add_complete(commands: Any) -> None:
     sub.add_argument("--logprobs", action="store_true", help="print each token's log-probability, natural logarithm")
     _logprobs_options(sub, "print")
     sub.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
+    sub.add_argument(
+        "--stream",
+        action="store_true",
+        help="print the text of one prompt as it comes; with --json a line for each token of any number of prompts",
+    )
 
 
 def _add_chat(commands: Any) -> None:
@@ -384,13 +420,15 @@ def _add_batch(commands: Any) -> None:
         batch,
         "answer the records of a JSONL file, on one process or many",
         "Each line holds a prompt (text), prompt_tokens (ids) or messages (a dialog), and may hold an id, temperature, "
-        "top_p, max_gen_len and seed of its own. A run that was stopped is taken up by the same command. For several "
-        "processes: accelerate launch --multi_gpu --num_processes N -m hf_llama_sampling batch IN.jsonl OUT.jsonl ... "
+        "top_p, max_gen_len, stop and seed of its own. A run that was stopped is taken up by the same command. For "
+        "several processes: accelerate launch --multi_gpu --num_processes N -m hf_llama_sampling batch IN.jsonl "
+        "OUT.jsonl ... "
         "(--multi_gpu on CPU too). Quirks of the reference are mended. Status 1 if some records could not be answered, "
         "2 if the run was refused.",
     )
     _batch_options(sub)
     _model_options(sub, compat=False)
+    _stop_option(sub)
     _sampling_options(sub, seed="the run's: each record draws from a stream of its own, from this and its content")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..generation.continuous import requests_in_flight
 from ..llama.llama import Llama
-from .engine import is_out_of_memory, respond_with_tokens
+from .engine import decoder_of, is_out_of_memory, respond_with_tokens
 from .requests import Refused, Request, Response
 from .settings import BatchLimits, RunSettings
 
@@ -110,8 +110,8 @@ class ContinuousEngine:
         )
 
     def _add(self, manager: Any, request: Request) -> bool:
-        """Whether the manager takes the request; one that names tokens of its own is for the other engine."""
-        if request.named:
+        """Whether the manager takes the request; named tokens and stop strings are for the other engine."""
+        if request.named or request.stop:
             return False
         try:
             manager.add_request(
@@ -130,8 +130,9 @@ class ContinuousEngine:
         tokens = list(result.generated_tokens)
         stopped = tokens[-1:] and tokens[-1] in self.llama.eos_ids
         tokens = tokens[:-1] if stopped else tokens
-        logprobs = result.logprobs[: len(tokens)] if self.settings.logprobs else None
-        return respond_with_tokens(self.llama, request, tokens, "stop" if stopped else "length", logprobs)
+        beside = {"logprobs": result.logprobs[: len(tokens)]} if self.settings.logprobs else {}
+        text_of = decoder_of(self.llama, request)
+        return respond_with_tokens(request, tokens, text_of, "stop" if stopped else "length", beside)
 
 
 def _finished(manager: Any) -> list[Any]:

@@ -12,6 +12,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..llama.llama import Llama
+from ..text.stopping import StopStrings, TextOf
+from ..text.tokens import TokenSpeller
 from .ordering import cost
 from .requests import Request, Response, respond, respond_with_error
 from .settings import RunSettings
@@ -51,8 +53,11 @@ class Engine:
 
     def _generate(self, batch: Sequence[Request]) -> list[Response]:
         settings = self.settings
+        decoders = [decoder_of(self.llama, request) for request in batch]
+        stops = StopStrings([request.stop for request in batch], len(batch))
+        prompts = [request.prompt for request in batch]
         made = self.llama.model.generate(
-            [request.prompt for request in batch],
+            prompts,
             max_gen_len=[request.limit for request in batch],
             temperature=[request.temperature for request in batch],
             top_p=[request.top_p for request in batch],
@@ -64,42 +69,58 @@ class Engine:
             top_logprobs=settings.top_logprobs,
             logprobs_of=_named(batch),
             sampling_logprobs=settings.sampling_logprobs,
+            **({"stopping_criteria": [stops.criterion(prompts, decoders)]} if stops else {}),
         )
-        wanted = ["top_logprobs"] * (settings.top_logprobs > 0)
+        wanted = ["logprobs"] * (settings.logprobs or settings.sampling_logprobs)
+        wanted += ["top_logprobs"] * (settings.top_logprobs > 0)
         wanted += ["temperature_logprobs", "sampled_logprobs", "nucleus_mass"] * settings.sampling_logprobs
         responses = []
         for row, request in enumerate(batch):
             start = len(request.prompt) if settings.prompt_logprobs else 0
-            tokens = made.tokens[row][start:]
-            more: dict[str, Any] = {
-                name: getattr(made, name)[row][start:] for name in [*wanted, *["logprobs_of"] * bool(request.named)]
-            }
+            named = ["logprobs_of"] * bool(request.named)
+            beside = {name: getattr(made, name)[row][start:] for name in [*wanted, *named]}
+            more = {}
             if settings.prompt_logprobs:
-                more |= {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
-            with_logprobs = settings.logprobs or settings.sampling_logprobs
-            logprobs = made.logprobs[row][start:] if with_logprobs else None
-            responses.append(respond_with_tokens(self.llama, request, tokens, made.finish_reason[row], logprobs, more))
+                more = {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
+            tokens, reason = made.tokens[row][start:], made.finish_reason[row]
+            responses.append(respond_with_tokens(request, tokens, decoders[row], reason, beside, more))
         return responses
 
 
+def decoder_of(llama: Llama, request: Request) -> TextOf:
+    """Decodes a request's completion: what comes after its prompt, or a message of its own."""
+    return llama.text_of if request.is_dialog else TokenSpeller(llama.tokenizer).text_after(request.prompt)
+
+
 def respond_with_tokens(
-    llama: Llama,
     request: Request,
     tokens: list[int],
+    text_of: TextOf,
     finish_reason: str,
-    logprobs: list[float] | None,
+    beside: dict[str, list[Any]],
     more: dict[str, Any] | None = None,
 ) -> Response:
-    """The response to a request that these tokens complete; `more` fields come last."""
+    """The response to a request that these tokens complete, up to its stop string.
+
+    Args:
+        request: what is answered.
+        tokens: the completion.
+        text_of: decodes it.
+        finish_reason: why it ended, if at no stop string.
+        beside: fields that hold one item per token.
+        more: other fields, which come last.
+    """
+    text, cut = text_of(tokens), StopStrings([request.stop], 1).cut(0, tokens, text_of)
     fields = {
-        "generation": llama.text_of(tokens),
-        "tokens": tokens,
-        "finish_reason": finish_reason,
+        "generation": text[: len(text) - cut.dropped],
+        "tokens": tokens[: cut.tokens],
+        "finish_reason": finish_reason if cut.reason is None else "stop",
+        **({"stop_reason": cut.reason} if request.stop else {}),
         "seed": request.seed,
+        **{name: values[: cut.tokens] for name, values in beside.items()},
+        **(more or {}),
     }
-    if logprobs is not None:
-        fields["logprobs"] = logprobs
-    return respond(request, {**fields, **(more or {})}, len(tokens))
+    return respond(request, fields, cut.tokens)
 
 
 def _named(batch: Sequence[Request]) -> list[list[int]] | None:

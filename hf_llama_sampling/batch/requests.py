@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,21 @@ from ..generation.model_info import vocab_size_of
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
 from ..llama.named_tokens import token_id
+from ..text.stopping import check_strings
 from .jsonl import TOO_DEEP, Field, canonical, canonical_record, find_value, read_object, read_record
 from .settings import FieldNames, RunSettings, check_seed
 
+Value = TypeVar("Value")
+
 PROMPTS = ("prompt", "prompt_tokens", "messages")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens", "max_completion_tokens")
-SETTINGS = ("temperature", "top_p", *LIMITS, "seed", "logprobs_of")
-OUTPUTS = ("logprobs_of",)  # settings that ask for more of an answer, and change no token of it
+STOPS = ("stop", "stop_strings", "stop_sequences")
+SETTINGS = ("temperature", "top_p", *LIMITS, *STOPS, "seed", "logprobs_of")
+OUTPUTS = (*STOPS, "logprobs_of")  # settings that say what of an answer to return, and change no draw
 IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", "uid", "uuid", "_id")
 # Fields of a response: a kept field may not have one of these names.
 RESPONSE_FIELDS = {
-    *("id", "generation", "tokens", "finish_reason", "seed", "logprobs", "top_logprobs"),
+    *("id", "generation", "tokens", "finish_reason", "stop_reason", "seed", "logprobs", "top_logprobs"),
     *("prompt_tokens", "prompt_logprobs", "error", "line"),
     *("logprobs_of", "temperature_logprobs", "sampled_logprobs", "nucleus_mass"),
 }
@@ -41,7 +45,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_p"), (0,)),
     **dict.fromkeys(("min_tokens", "min_new_tokens", "min_length", "top_logprobs"), (0,)),
     **dict.fromkeys(("logprobs", "prompt_logprobs", "echo", "stream", "ignore_eos"), (False,)),
-    **dict.fromkeys(("stop", "stop_strings", "stop_token_ids", "bad_words_ids", "tools", "functions"), ([], "")),
+    **dict.fromkeys(("stop_token_ids", "bad_words_ids", "tools", "functions"), ([], "")),
     **dict.fromkeys(("max_length", "max_seq_len", "eos_token_id", "temp", "epsilon_cutoff", "eta_cutoff"), ()),
     "top_k": (0, -1),
     "do_sample": (True,),
@@ -60,7 +64,8 @@ class Request:
     """A record that can be answered.
 
     `index` counts the input's lines from 0; `id` and `kept` (fields to copy) are JSON text; `limit` is the most new
-    tokens that fit; `named` are the ids whose logprobs are asked for.
+    tokens that fit; `named` are the ids whose logprobs are asked for, and `stop` the strings that end the answer, which
+    is a message where the prompt is a dialog.
     """
 
     index: int
@@ -72,6 +77,8 @@ class Request:
     seed: int
     kept: tuple[tuple[str, str], ...] = ()
     named: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    is_dialog: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,8 @@ class RecordReader:
             seed=check_seed(seed),
             kept=self._kept(record),
             named=self._named(values),
+            stop=self._stop(values),
+            is_dialog=self._is_dialog(values),
         )
 
     def _value(self, name: str, field: Field) -> Any:
@@ -226,9 +235,12 @@ class RecordReader:
     def _limit(self, values: dict[str, Any]) -> int:
         given = {name: values[name] for name in LIMITS if name in values}
         numbers = {check_int(name, value, least=0) for name, value in given.items()}
-        if len(numbers) > 1:
-            raise ValueError(f"{' and '.join(given)} mean the same and differ: give one of them")
-        return numbers.pop() if numbers else self.settings.max_gen_len
+        return _one_of_aliases(given, numbers, self.settings.max_gen_len)
+
+    def _stop(self, values: dict[str, Any]) -> tuple[str, ...]:
+        """The record's own stop strings, else the run's."""
+        given = {name: values[name] for name in STOPS if name in values}
+        return _one_of_aliases(given, {check_strings(value) for value in given.values()}, self.settings.stop)
 
     def _named(self, values: dict[str, Any]) -> tuple[int, ...]:
         """The ids whose logprobs a record asks for: its own, else the run's."""
@@ -245,11 +257,15 @@ class RecordReader:
             wanted = f"one of {', '.join(names)} and {last}" if names else repr(last)
             raise ValueError(f"a record must hold {wanted}, got {found}")
         name, value = given[0], values[given[0]]
-        if name == "messages" or (name != "prompt_tokens" and _is_list_of(value, dict)):
+        if self._is_dialog(values):
             return self._dialog_tokens(name, value)
         if name == "prompt_tokens" or _is_list_of(value, int):
             return self._checked_tokens(name, value)
         return self._text_tokens(name, value)
+
+    def _is_dialog(self, values: dict[str, Any]) -> bool:
+        name = next(name for name in self.prompt_names if name in values)
+        return name == "messages" or (name != "prompt_tokens" and _is_list_of(values[name], dict))
 
     def _text_tokens(self, name: str, text: Any) -> list[int]:
         if not isinstance(text, str):
@@ -319,6 +335,13 @@ def _part_text(part: Any, message: int) -> str:
 
 def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+def _one_of_aliases(given: dict[str, Any], values: set[Value], default: Value) -> Value:
+    """The value of a setting with several names, given by some of them."""
+    if len(values) > 1:
+        raise ValueError(f"{' and '.join(given)} mean the same and differ: give one of them")
+    return values.pop() if values else default
 
 
 def _misspelled(name: str) -> str | None:

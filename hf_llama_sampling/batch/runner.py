@@ -59,6 +59,7 @@ def run(
     top_logprobs: int = 0,
     logprobs_of: Sequence[int | str] | None = None,
     sampling_logprobs: bool = False,
+    stop: str | Sequence[str] = (),
     prompt_field: str | None = None,
     id_field: str | None = None,
     keep_fields: bool | Sequence[str] = False,
@@ -73,15 +74,20 @@ def run(
 
     A record holds one of `prompt` (text, put after a BOS), `prompt_tokens` (ids, taken as they are) and `messages` (a
     dialog: in the tokenizer's own chat format if it came with one, else in LLAMA2's), and may hold `temperature`,
-    `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`), `seed` and `logprobs_of` of its
-    own, and an `id` (or `task_id`, `custom_id`, ...): any JSON value, returned as it is spelled. Its answer holds `id`,
-    `generation`, `tokens`, `finish_reason`, `seed`, and on request `logprobs`, `top_logprobs`, `logprobs_of`,
+    `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`), `stop` (a string or several; or
+    `stop_strings`, `stop_sequences`), `seed` and `logprobs_of` of its own, and an `id` (or `task_id`, `custom_id`,
+    ...): any JSON value, returned as it is spelled. Its answer holds `id`, `generation`, `tokens`, `finish_reason`,
+    `stop_reason` where there were stop strings, `seed`, and on request `logprobs`, `top_logprobs`, `logprobs_of`,
     `prompt_tokens`, `prompt_logprobs` and what `sampling_logprobs` adds. A record that cannot be answered becomes
     `{"id": ..., "error": ..., "line": ...}` and is logged.
 
     - Output line n answers input line n; empty lines at the end are no records. In float32 the answers do not depend on
       batch, window or number of processes, up to the rounding of the logits; with the batch settings as they were, not
       on that either.
+    - Prompt and `generation` add up to the decoded whole: where a word follows, `generation` begins with a space. Of a
+      dialog it is the assistant's message.
+    - An answer ends right before the first of its stop strings; ids and logprobs are those of the tokens that lie
+      wholly before it, and `stop_reason` is the string, or null. Stop strings play no part in the draw.
     - A record without a `seed` gets one from the run's seed and its own content; of records that are equal in
       everything, the second gets another than the first. `seed` in the answer gives the same tokens again, alone.
     - Other fields of a record are data: left out, or copied into the answer by `keep_fields`. Settings that this
@@ -109,6 +115,7 @@ def run(
             their own.
         sampling_logprobs: whether to return the `logprobs`, the `temperature_logprobs`, the `sampled_logprobs` (after
             the nucleus) and the `nucleus_mass` of each token.
+        stop: a string or several that end an answer, for records without their own.
         prompt_field: the field that holds the prompt (a text, a list of ids, or messages), if none of the three above.
         id_field: the field that holds the id, if none of the usual.
         keep_fields: names of fields to copy into the answers as they are spelled, or True for all that no rule names.
@@ -147,6 +154,7 @@ def run(
         top_logprobs=top_logprobs,
         logprobs_of=() if logprobs_of is None else named_in_vocabulary(logprobs_of, llama),
         sampling_logprobs=sampling_logprobs,
+        stop=stop,  # type: ignore[arg-type]  # becomes a tuple
         fields=FieldNames(prompt_field, id_field, keep_fields),  # type: ignore[arg-type]  # a list becomes a tuple
     )
     check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(llama.model))
@@ -463,6 +471,7 @@ def _run_with(
         top_logprobs=arguments.top_logprobs,
         logprobs_of=arguments.logprobs_of,
         sampling_logprobs=arguments.sampling_logprobs,
+        stop=arguments.stop,
         prompt_field=arguments.prompt_field,
         id_field=arguments.id_field,
         keep_fields=arguments.keep_field or arguments.keep_fields,

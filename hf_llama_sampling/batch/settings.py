@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checks import check_bool, check_int, check_temperature, check_top_p
 from ..sampling.settings import SamplingSettings
+from ..text.stopping import check_strings
 
 SEED_BOUND = 2**64
 
@@ -59,6 +60,7 @@ class RunSettings:
         top_logprobs: how many best tokens to return at each position.
         logprobs_of: ids to return with logprob and rank at each position, for records without their own.
         sampling_logprobs: whether to return logprobs after temperature and after the nucleus, with its mass.
+        stop: strings that end an answer, of records without their own.
         fields: see `FieldNames`.
 
     Raises:
@@ -74,6 +76,7 @@ class RunSettings:
     top_logprobs: int = 0
     logprobs_of: tuple[int, ...] = ()
     sampling_logprobs: bool = False
+    stop: tuple[str, ...] = ()
     fields: FieldNames = field(default_factory=FieldNames)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ class RunSettings:
             meant = f"top_logprobs={count} returns the {count} best tokens at each position"
             check_bool(name, count, meant if name in ("logprobs", "prompt_logprobs") and _is_count(count) else "")
         check_int("top_logprobs", self.top_logprobs, least=0)
+        object.__setattr__(self, "stop", check_strings(self.stop))
         if self.score and (self.logprobs or self.sampling_logprobs):
             raise ValueError("scoring generates nothing that could have logprobs: the prompt's are always returned")
 
@@ -111,6 +115,7 @@ class RunSettings:
             "logprobs": bool(self.logprobs),
             "prompt_logprobs": bool(self.prompt_logprobs),
             **({"sampling_logprobs": True} if self.sampling_logprobs else {}),
+            **({"stop": list(self.stop)} if self.stop else {}),
         }
 
 

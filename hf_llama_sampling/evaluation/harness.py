@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checks import check_int, first_not_none
 from ..llama.llama import Llama
-from ..llama.stopping import StopStrings
+from ..text.stopping import StopStrings
 
 _BATCH_SIZE = 8
 _MAX_GEN_TOKS = 256  # the harness' own

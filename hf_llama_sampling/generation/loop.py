@@ -130,8 +130,8 @@ class SamplingProcessor(LogitsProcessor):
 class RowStoppingCriteria(StoppingCriteria):
     """End a row when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
 
-    def __init__(self, plan: Plan, state: LoopState, others: CallersCriteria) -> None:
-        self.plan, self.state, self.others = plan, state, others
+    def __init__(self, plan: Plan, state: LoopState, others: CallersCriteria, events: Any = None) -> None:
+        self.plan, self.state, self.others, self.events = plan, state, others, events
         self.end_columns = _end_columns(plan) if plan.limits_end_rows else set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -152,6 +152,10 @@ class RowStoppingCriteria(StoppingCriteria):
             state.done = state.done | (plan.ends <= width)
         if ended is not None:
             state.done = state.done | ended
+        if self.events is not None:
+            met = torch.tensor(self.events.step(input_ids), device=state.done.device)
+            state.criterion_stops = torch.where(met, width, state.criterion_stops)
+            state.done = state.done | met
         return state.done if state.unsound is None else state.done | state.unsound
 
 
@@ -250,6 +254,8 @@ def run_loop(
             scorer = _prompt_scorer(model, generate, plan, call, ids)
     arguments = _loop_arguments(model, plan, call, (state, stream), scorer)
     edits: LogitEdits = arguments["logits_processor"][0].edits
+    if call.events is not None:
+        call.events.begin(plan, state, scorer, prompt_rows)
     shared = share_prefill(model, generate, plan, call, scored=scorer is not None, texts=texts)
     if shared is not None:
         arguments[CACHE_NAME] = shared.cache
@@ -325,7 +331,7 @@ def _loop_arguments(
     return {
         "generation_config": config,
         "logits_processor": [SamplingProcessor(plan, state, stream, LogitEdits(model, plan, call))],
-        "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call))],
+        "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call), call.events)],
         **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
         **lay_out_beside_tokens(call.to_model, plan.layout()[1]),
     }

@@ -6,7 +6,7 @@ What this module does not do: it never sees text, and it runs no loop of its own
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import PerRow, check_int
+from ..text.stopping import Stop
+from ..text.tokens import TokenSpeller
 from .adapters import is_peft_model, refuse_invocation_tokens, refuse_lost_soft_prompts, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
+from .events import Decoders, EventSource, TokenEvent
 from .inference import in_inference_mode
 from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
 from .loop import stream_prompts
@@ -32,6 +35,7 @@ from .rows import run_parts, unshifted_rows
 from .schedule import Schedule
 from .scoring import CHUNK_BYTES, refuse_other_positions, refuse_without_order
 from .streamers import ended_with_the_call
+from .streaming import stream_events
 from .trimming import Compat
 from .view import Observer, loop_view
 from .walk import CACHE_BYTES
@@ -133,7 +137,9 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             # 1. Read the call: its keywords by who reads them, its prompts as lists.
             refuse_encoder_decoder(self)
             refuse_invocation_tokens(self)
+            events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
             call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
+            call.events = events
             prompt_cache = check_prompt_cache(prompt_cache, call.to_model)
             inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
             mask = call.to_model.pop("attention_mask", None)
@@ -163,6 +169,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             probe = Probe(self, loop)
             refuse_other_positions(self, probe)
             plan = make_plan(self, prompts, call, request, probe)
+            if call.events is not None:
+                call.events.take_plan(plan)
             if plan.echo and plan.wants_scores:
                 refuse_without_order(self, probe)
 
@@ -180,6 +188,50 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             if isinstance(inputs, Tensor) and not more:
                 return sequences
             return generate_output(rows, plan, sequences, extras)
+
+    @through_peft
+    def stream(
+        self,
+        inputs: Tensor | Sequence[Sequence[int]] | None = None,
+        *,
+        tokenizer: Any = None,
+        stop: Stop | None = None,
+        **kwargs: Any,
+    ) -> Iterator[TokenEvent]:
+        r"""The tokens of `generate(inputs, **kwargs)` as they come, for a whole batch.
+
+        Args:
+            inputs: as for `generate`.
+            tokenizer: decodes the events' texts; without one they are empty.
+            stop: a string or several that end a row, or one list per row. The text ends right before the first; the
+                tokens that come are those that lie wholly before it.
+            kwargs: everything else that `generate` takes, but a `streamer`. With `logprobs`, `top_logprobs` and `echo`
+                events say of each token what `generate`'s output says.
+
+        Returns:
+            an iterator of [`TokenEvent`]: `row`, `id`, `text`, `logprob`, `top`; and for each row at its end one with
+            `id` None, the `finish_reason` and the `stop_reason`. A row's texts add up to what follows its prompt in the
+            decoded whole, or with `echo` to the whole. The run goes on only while events are asked for; closing the
+            iterator ends it.
+
+        Raises:
+            ValueError, TypeError: as `generate`, when the first event is asked for.
+
+        >>> for event in model.stream([[1, 306]], tokenizer=tokenizer, max_gen_len=16, logprobs=True):
+        ...     print(event.text, end="")
+        """
+        if kwargs.get("streamer") is not None:
+            raise ValueError("stream gives the tokens by itself, so it takes no streamer: leave it out")
+        stop = resolve_alias("stop", stop, "stop_strings", kwargs.pop("stop_strings", None))
+        if tokenizer is None:
+            if stop is not None:
+                raise ValueError("stop strings are text, so stream needs the model's tokenizer: pass tokenizer=")
+            decoders = Decoders(lambda ids: "", lambda prompt: lambda ids: "")
+        else:
+            speller = TokenSpeller(tokenizer)
+            decoders = Decoders(speller.text_of, speller.text_after, speller.is_byte)
+        kwargs.pop("return_dict_in_generate", None)
+        return stream_events(self, inputs, decoders, stop, kwargs)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Never load a checkpoint's own `generate`: this class has its own, and no code of a checkpoint is run.

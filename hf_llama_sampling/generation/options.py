@@ -164,6 +164,7 @@ class Call:
     to_model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's `forward`
     in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
     from_pipeline: set[str] = field(default_factory=set)  # options that look like a pipeline's own
+    events: Any = None  # an `EventSource` that follows the run
 
     def option(self, name: str, *, beside: Any = None) -> Any:
         """An option's value. A config's, or a pipeline's own, counts for nothing beside what the call itself says."""

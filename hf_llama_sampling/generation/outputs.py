@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from ..text.openai import Choice, completions
+from ..text.tokens import TokenSpeller, TokenTexts
 from .plan import Plan
 from .rows import Rows
 from .scoring import NamedLogprobs, TopLogprobs
@@ -40,6 +42,7 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
             with their raw logprobs and ranks; empty for a row's first token.
         finish_reason (`list[str]`): per row `"stop"` (an EOS or a stopping criterion) or `"length"`.
         settings (`dict`): the settings in force.
+        prompt_tokens (`list[list[int]]`): each row's prompt.
 
     >>> out = model.generate([[1, 5, 6], [1, 40]], max_gen_len=3, temperature=0, logprobs=True)
     >>> [len(row) for row in out.tokens], out.finish_reason
@@ -55,6 +58,62 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
     logprobs_of: list[list[NamedLogprobs]] | None = None
     finish_reason: list[FinishReason] | None = None
     settings: dict[str, Any] | None = None
+    prompt_tokens: list[list[int]] | None = None
+
+    def token_texts(self, tokenizer: Any) -> list[TokenTexts]:
+        """What the answer's tokens spell: per row `text`, and per token `offsets` (characters), `bytes` and `pieces`.
+
+        The text of an answer without `echo` is what follows its prompt in the decoded whole. An offset is the number of
+        the answer's characters that are complete before a token, so the pieces between offsets add up to the text, and
+        a character that several tokens spell belongs to the last of them.
+
+        Args:
+            tokenizer: a transformers tokenizer, or anything with the five members of Meta's.
+
+        >>> model.generate([[1, 367]], max_gen_len=2, temperature=0).token_texts(tokenizer)[0].offsets
+        [0, 1]
+        """
+        return [row.texts for row in self.choices(TokenSpeller(tokenizer))]
+
+    def to_openai(self, tokenizer: Any, *, model: str = "hf_llama_sampling") -> dict[str, Any]:
+        """The answer in the completions format of OpenAI's API.
+
+        `logprobs` of a choice hold `tokens` (they add up to its `text`), `token_logprobs` and `top_logprobs` (null for
+        a token that nothing stands before), `text_offset` and `bytes`. The best tokens are named by their own texts, or
+        as `bytes:\\xe4` where they spell no whole character.
+
+        Args:
+            tokenizer: as for `token_texts`.
+            model: the name that the answer gives.
+
+        Raises:
+            ValueError: `top_logprobs` were asked for, and the tokens' own logprobs were not.
+        """
+        if self.top_logprobs is not None and self.logprobs is None:
+            raise ValueError("to_openai needs the tokens' own logprobs beside top_logprobs: call with logprobs=True")
+        speller = TokenSpeller(tokenizer)
+        return completions(self.choices(speller), speller, model)
+
+    def choices(self, speller: TokenSpeller) -> list[Choice]:
+        """The rows as choices of OpenAI's format."""
+        assert self.tokens is not None and self.prompt_tokens is not None and self.finish_reason is not None
+        echo = bool(self.settings and self.settings["echo"])
+        choices = []
+        for row, (prompt, tokens) in enumerate(zip(self.prompt_tokens, self.tokens, strict=True)):
+            before = [] if echo else prompt
+            choices.append(
+                Choice(
+                    texts=speller.texts([*before, *tokens], given=len(before)),
+                    ids=tokens,
+                    logprobs=None if self.logprobs is None else self.logprobs[row],
+                    top_logprobs=None if self.top_logprobs is None else self.top_logprobs[row],
+                    unscored=int(echo),
+                    prompt=len(prompt),
+                    completion=max(0, len(tokens) - len(prompt)) if echo else len(tokens),
+                    finish_reason=self.finish_reason[row],
+                )
+            )
+        return choices
 
 
 @dataclass
@@ -70,6 +129,7 @@ class LlamaScoreOutput(ModelOutput):
             with their raw logprobs and ranks; empty where nothing stands before.
         totals (`list[float]`): per row the sum of the logprobs of the tokens that were scored.
         counts (`list[int]`): per row how many tokens were scored: what a perplexity divides by.
+        prompt_tokens (`list[list[int]]`): the texts, whole.
     """
 
     logprobs: list[list[float]] | None = None
@@ -77,6 +137,40 @@ class LlamaScoreOutput(ModelOutput):
     logprobs_of: list[list[NamedLogprobs]] | None = None
     totals: list[float] | None = None
     counts: list[int] | None = None
+    prompt_tokens: list[list[int]] | None = None
+
+    def token_texts(self, tokenizer: Any) -> list[TokenTexts]:
+        """What the scored tokens spell: see `LlamaGenerateOutput.token_texts`."""
+        return [row.texts for row in self.choices(TokenSpeller(tokenizer))]
+
+    def to_openai(self, tokenizer: Any, *, model: str = "hf_llama_sampling") -> dict[str, Any]:
+        """The texts in the completions format of OpenAI's API, as echoed prompts that nothing was generated for.
+
+        See `LlamaGenerateOutput.to_openai`. lm-evaluation-harness leaves out the last token of such an answer, since it
+        asks servers for one new token: for its own parser `generate(max_gen_len=1, echo=True)`.
+        """
+        speller = TokenSpeller(tokenizer)
+        return completions(self.choices(speller), speller, model)
+
+    def choices(self, speller: TokenSpeller) -> list[Choice]:
+        """The rows as choices of OpenAI's format."""
+        assert self.prompt_tokens is not None and self.logprobs is not None and self.counts is not None
+        choices = []
+        for row, (text, logprobs) in enumerate(zip(self.prompt_tokens, self.logprobs, strict=True)):
+            start = len(text) - len(logprobs)
+            choices.append(
+                Choice(
+                    texts=speller.texts(text, given=start),
+                    ids=text[start:],
+                    logprobs=logprobs,
+                    top_logprobs=None if self.top_logprobs is None else self.top_logprobs[row],
+                    unscored=len(logprobs) - self.counts[row],
+                    prompt=len(text),
+                    completion=0,
+                    finish_reason="length",
+                )
+            )
+        return choices
 
 
 def sequences_of(rows: Rows, plan: Plan) -> Tensor:
@@ -124,6 +218,7 @@ def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str,
             for (text, length), stopped in zip(texts, rows.stopped, strict=True)
         ],
         settings=_settings_in_force(plan),
+        prompt_tokens=plan.prompts,
         **extras,
     )
 

@@ -96,7 +96,9 @@ def tokens_scored(
         chunk_bytes=chunk_bytes,
         cache_bytes=cache_bytes,
     )
-    return _output(parts, [at + given == 0 for at in starts], top=bool(top), named=any(named))
+    output = _output(parts, [at + given == 0 for at in starts], top=bool(top), named=any(named))
+    output.prompt_tokens = [list(row) for row in rows]
+    return output
 
 
 def _cut(text: list[int], found: Iterator[Window], given: int, named: list[int]) -> list[Text]:

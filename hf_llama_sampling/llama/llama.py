@@ -6,7 +6,7 @@ looks at logits; `generation` does the work, and this turns text into token ids 
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, TypedDict, overload
@@ -16,12 +16,17 @@ from transformers import PreTrainedModel
 
 from ..checks import ReferenceAssertion, check_bool, check_choice, check_int, check_seeds
 from ..defaults import TEMPERATURE, TOP_P
+from ..generation.events import Decoders, TokenEvent
 from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.prompt_cache import PromptCache
 from ..generation.schedule import Schedule
 from ..generation.scoring import NamedLogprobs
+from ..generation.streaming import stream_events
 from ..generation.trimming import Compat
+from ..text.openai import completions
+from ..text.stopping import Stop, StopStrings, TextOf
+from ..text.tokens import TokenSpeller
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
 from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .inputs import as_dialogs, as_rows, as_texts
@@ -29,7 +34,6 @@ from .loading import load_model, load_tokenizer, vocab_sizes
 from .named_tokens import LogprobsOf, named_ids
 from .placement import DeviceMap, MaxMemory, choose_placement
 from .reference_model import with_reference_interface
-from .stopping import Stop, StopStrings
 from .tokenizer import TokenizerLike, TransformersTokenizer
 
 ChatFormat = Literal["auto", "llama2", "template"]
@@ -316,6 +320,7 @@ class Llama:
         stop: Stop | None = None,
         logprobs_of: LogprobsOf | None = None,
         sampling_logprobs: bool = False,
+        continuing: bool = False,
         streamer: Any = None,
     ) -> list[CompletionPrediction]:
         """Complete texts, each after a BOS if the tokenizer has one.
@@ -326,6 +331,8 @@ class Llama:
             max_gen_len: `max_seq_len - 1` if not given.
             stop: strings that end a completion: one or several for all prompts, or a list per prompt. The text is cut
                 right before the first; tokens and logprobs are those of the tokens that lie wholly before it.
+            continuing: whether prompt and `generation` add up to the decoded whole. If not, a completion is decoded
+                alone, as in the reference, and a SentencePiece tokenizer then drops the space that it begins with.
             others: see `generate`.
 
         Returns:
@@ -341,6 +348,7 @@ class Llama:
         """
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
         stops = None if stop is None else StopStrings(stop, len(ids))
+        decoders = self._decoders(ids, continuing=check_bool("continuing", continuing))
         answers = self.generate(
             prompt_tokens=ids,
             max_gen_len=self._gen_len(max_gen_len),
@@ -348,13 +356,13 @@ class Llama:
             top_p=top_p,
             logprobs=logprobs,
             echo=echo,
-            **_given(seeds=seeds, streamer=streamer, stopping_criteria=self._criteria(stops, ids)),
+            **_given(seeds=seeds, streamer=streamer, stopping_criteria=_criteria(stops, ids, decoders)),
             **_asked_beside(logprobs_of, sampling_logprobs),
         )
         given = [len(prompt) if echo else 0 for prompt in ids]
         predictions: list[CompletionPrediction] = []
         for row, (answer, row_scores) in enumerate(_rows_with_scores(*answers)):
-            text, details = self._answer(row, answer, row_scores, given[row], stops)
+            text, details = self._answer(row, answer, row_scores, given[row], stops, decoders[row])
             predictions.append({"generation": text, **details})  # type: ignore[typeddict-item]
         return predictions
 
@@ -405,6 +413,7 @@ class Llama:
         ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
         stops = None if stop is None else StopStrings(stop, len(listed)).of_rows(asked)
         flags, named = _flags(logprobs, False, sampling_logprobs), named_ids(logprobs_of, len(listed), self.tokenizer)
+        decoders = self._decoders(ids, continuing=False)
         answers: dict[int, tuple[str, dict[str, Any]]] = {}
         if ids or not listed:
             row_seeds = None if seeds is None else [check_seeds(seeds, len(listed))[row] for row in asked]
@@ -414,11 +423,13 @@ class Llama:
                 temperature=temperature,
                 top_p=top_p,
                 logprobs=logprobs,
-                **_given(seeds=row_seeds, stopping_criteria=self._criteria(stops, ids)),
+                **_given(seeds=row_seeds, stopping_criteria=_criteria(stops, ids, decoders)),
                 **_asked_beside(None if named is None else [named[row] for row in asked], sampling_logprobs),
             )
             rows = enumerate(_rows_with_scores(*generated))
-            answers = {asked[i]: self._answer(i, answer, row_scores, 0, stops) for i, (answer, row_scores) in rows}
+            answers = {
+                asked[i]: self._answer(i, answer, row_scores, 0, stops, decoders[i]) for i, (answer, row_scores) in rows
+            }
         fields = _score_fields(flags, named=named is not None)
         nothing: dict[str, Any] = {name: [] for name in ("tokens", *fields)} if fields else {}
         nothing |= {} if stop is None else {"stop_reason": None}
@@ -428,6 +439,171 @@ class Llama:
             message: Message = {"role": "assistant", "content": UNSAFE_ERROR if flagged else text}
             predictions.append({"generation": message, **details})  # type: ignore[typeddict-item]
         return predictions
+
+    def stream_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        top_logprobs: int = 0,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
+        continuing: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """The completions of texts as their tokens come.
+
+        Args:
+            top_logprobs: how many best tokens each event names.
+            others: see `text_completion`.
+
+        Returns:
+            an iterator of [`TokenEvent`]: `row`, `id`, `text`, and `logprob` and `top` where asked for; and for each
+            prompt at its end one with `id` None, the `finish_reason` and the `stop_reason`. A prompt's texts add up to
+            the `generation` of `text_completion`. Nothing runs before the first event is asked for, and closing the
+            iterator ends the run.
+
+        Raises:
+            ValueError, TypeError: as `text_completion`; of values that the model must judge, with the first event.
+
+        >>> for event in llama.stream_completion(["ROMEO:"], temperature=0.0, max_gen_len=4):
+        ...     print(repr(event.text), event.finish_reason)
+        '\\n' None
+        'I' None
+        'f' None
+        ' I' None
+        '' length
+        """
+        ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
+        flags = _stream_flags(logprobs, echo)
+        # With echo a text is decoded as a whole, so the completion in it goes on from its prompt.
+        continuing = check_bool("continuing", continuing) or flags["echo"]
+        return self._stream(
+            ids,
+            stop,
+            continuing=continuing,
+            max_gen_len=self._gen_len(max_gen_len),
+            temperature=temperature,
+            top_p=top_p,
+            top_logprobs=top_logprobs,
+            seeds=seeds,
+            **flags,
+        )
+
+    def completions(
+        self,
+        prompts: Sequence[str],
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_gen_len: int | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
+    ) -> dict[str, Any]:
+        """Complete texts, and answer in the completions format of OpenAI's API.
+
+        Args:
+            logprobs: how many best tokens to name beside each token's logprob, as in that API; None for no logprobs.
+            others: see `text_completion`.
+
+        Returns:
+            what `LlamaGenerateOutput.to_openai` describes. Texts go on from their prompts, the space included that a
+            completion begins with; a choice has a `stop_reason`, the stop string that ended it, or None.
+
+        Raises:
+            ValueError, TypeError: as `text_completion`.
+
+        >>> answer = llama.completions(["ROMEO:"], temperature=0.0, max_gen_len=4, logprobs=0)
+        >>> answer["choices"][0]["logprobs"]["tokens"]
+        ['\\n', 'I', 'f', ' I']
+        """
+        ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
+        self._check_batch(ids)
+        top = 0 if logprobs is None else check_int("logprobs", logprobs, least=0)
+        stops = StopStrings([] if stop is None else stop, len(ids))
+        echo = check_bool("echo", echo, "the answers then start with their prompts")
+        decoders = self._decoders(ids, continuing=True)
+        output: LlamaGenerateOutput = self.model.generate(
+            ids,
+            return_dict_in_generate=True,
+            max_gen_len=self._gen_len(max_gen_len),
+            temperature=temperature,
+            top_p=top_p,
+            max_seq_len=self.max_seq_len,
+            eos_token_id=self.eos_ids,
+            compat="fixed",
+            schedule=self.schedule,
+            seeds=seeds,
+            echo=echo,
+            logprobs=logprobs is not None,
+            top_logprobs=top,
+            **_given(stopping_criteria=_criteria(stops, ids, decoders)),
+        )
+        speller = TokenSpeller(self.tokenizer)
+        choices = []
+        for row, choice in enumerate(output.choices(speller)):
+            given = len(ids[row]) if echo else 0
+            cut = stops.cut(row, choice.ids[given:], decoders[row])
+            choices.append(choice.cut_at(given + cut.tokens, cut.dropped, cut.reason))
+        return completions(choices, speller, type(self.model).__name__)
+
+    def stream_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        chat_format: ChatFormat | None = None,
+        top_logprobs: int = 0,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[TokenEvent]:
+        """The answers to dialogs as their tokens come: see `chat_completion` and `stream_completion`.
+
+        Raises:
+            ValueError: a dialog is unsafe; `chat_completion` answers it with a fixed sentence.
+        """
+        listed = as_dialogs(dialogs)
+        template = self._uses_template(chat_format)
+        for row, dialog in enumerate(listed):
+            if not template and is_unsafe(dialog, row=row):
+                raise ValueError(f"a dialog must hold none of LLAMA2's tags, and dialog {row} does: {UNSAFE_ERROR}")
+        return self._stream(
+            [self._encode_dialog(dialog, template=template, row=row) for row, dialog in enumerate(listed)],
+            stop,
+            continuing=False,
+            max_gen_len=self._gen_len(max_gen_len),
+            temperature=temperature,
+            top_p=top_p,
+            top_logprobs=top_logprobs,
+            seeds=seeds,
+            **_stream_flags(logprobs, echo=False),
+        )
+
+    def _stream(
+        self, ids: list[list[int]], stop: Stop | None, *, continuing: bool, echo: bool, **options: Any
+    ) -> Iterator[TokenEvent]:
+        """The events of a run."""
+        self._check_batch(ids)
+        if stop is not None:
+            StopStrings(stop, len(ids))
+        speller = TokenSpeller(self.tokenizer)
+        options |= {
+            "echo": echo,
+            "max_seq_len": self.max_seq_len,
+            "eos_token_id": self.eos_ids,
+            "compat": self._compat(echo=echo),
+            "schedule": self.schedule,
+        }
+        after = speller.text_after if continuing else lambda prompt: speller.text_of
+        return stream_events(self.model, ids, Decoders(speller.text_of, after, speller.is_byte), stop, options)
 
     def text_infilling(
         self,
@@ -600,18 +776,27 @@ class Llama:
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
-    def _criteria(self, stops: StopStrings | None, prompts: list[list[int]]) -> list[Any] | None:
-        """The stopping criteria of a call with stop strings."""
-        return [stops.criterion(prompts, self.text_of)] if stops else None
+    def _decoders(self, prompts: list[list[int]], *, continuing: bool) -> list[TextOf]:
+        """What decodes each row's completion."""
+        if not continuing:
+            return [self.text_of] * len(prompts)
+        speller = TokenSpeller(self.tokenizer)
+        return [speller.text_after(prompt) for prompt in prompts]
 
     def _answer(
-        self, row: int, tokens: list[int], scores: dict[str, list[Any]], given: int, stops: StopStrings | None
+        self,
+        row: int,
+        tokens: list[int],
+        scores: dict[str, list[Any]],
+        given: int,
+        stops: StopStrings | None,
+        text_of: TextOf,
     ) -> tuple[str, dict[str, Any]]:
         """A row's text, and what a prediction holds beside it; the first `given` tokens are an echoed prompt."""
-        text = self.text_of(tokens)
+        text = self.text_of(tokens) if given else text_of(tokens)
         details: dict[str, Any] = {}
         if stops is not None:
-            cut = stops.cut(row, tokens[given:], self.text_of)
+            cut = stops.cut(row, tokens[given:], text_of)
             text = text[: len(text) - cut.dropped]
             tokens = tokens[: given + cut.tokens]
             details["stop_reason"] = cut.reason
@@ -619,6 +804,19 @@ class Llama:
             details["tokens"] = [self.text_of([token]) for token in tokens]
             details |= {name: values[: len(tokens)] for name, values in scores.items()}
         return text, details
+
+
+def _stream_flags(logprobs: bool, echo: bool) -> dict[str, bool]:
+    """The switches of a stream, checked."""
+    return {
+        "logprobs": check_bool("logprobs", logprobs, "for the best tokens at each place give top_logprobs=k"),
+        "echo": check_bool("echo", echo, "the answers then start with their prompts"),
+    }
+
+
+def _criteria(stops: StopStrings | None, prompts: list[list[int]], decoders: list[TextOf]) -> list[Any] | None:
+    """The stopping criteria of a call with stop strings."""
+    return [stops.criterion(prompts, decoders)] if stops else None
 
 
 def _check_model(model: Any) -> None:

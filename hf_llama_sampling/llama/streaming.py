@@ -6,9 +6,8 @@ What this module does not do: it decodes nothing itself; it is given a function 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .stopping import StopStrings
-
-_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
+from ..text.growing import GrowingText
+from ..text.stopping import StopStrings
 
 
 class TextStreamer:
@@ -20,6 +19,7 @@ class TextStreamer:
         text_of: decodes token ids.
         write: is given each new piece of text.
         stops: stop strings of the row; nothing from the first on is written.
+        is_byte: see `GrowingText`.
     """
 
     def __init__(
@@ -27,32 +27,27 @@ class TextStreamer:
         text_of: Callable[[Sequence[int]], str],
         write: Callable[[str], object],
         stops: StopStrings | None = None,
+        is_byte: Callable[[int], bool] | None = None,
     ) -> None:
-        self.text_of = text_of
-        self.write = write
-        self.stops = StopStrings([], 1) if stops is None else stops
-        self.ids: list[int] | None = None  # None before the prompt has passed
-        self.written = 0
+        self.text_of, self.write, self.stops, self.is_byte = text_of, write, stops, is_byte
+        self.text: GrowingText[None] | None = None  # None before the prompt has passed
 
     def put(self, value: Any) -> None:
         """The prompt (1, T) first, then new ids (1,)."""
-        if self.ids is None:
-            self.ids = []
+        if self.text is None:
+            self.text = GrowingText(self.text_of, self.stops, is_byte=self.is_byte)
             return
-        self.ids += value.flatten().tolist()
-        text = self.text_of(self.ids)
-        if not text.endswith(_INCOMPLETE):
-            self._write(text, len(text) - self.stops.held_back(0, text))
+        for token in value.flatten().tolist():
+            self._write(piece for _, piece in self.text.add(token, None))
 
     def end(self) -> None:
         """Write what was held back."""
-        text = self.text_of(self.ids or [])
-        self._write(text, len(text))
-        self.ids, self.written = None, 0
+        if self.text is not None:
+            released, end = self.text.end()
+            self._write([*(piece for _, piece in released), end.text])
+        self.text = None
 
-    def _write(self, text: str, until: int) -> None:
-        found = self.stops.find(0, text)
-        until = until if found is None else min(until, found[0])
-        if until > self.written:
-            self.write(text[self.written : until])
-            self.written = until
+    def _write(self, pieces: Any) -> None:
+        for piece in pieces:
+            if piece:
+                self.write(piece)

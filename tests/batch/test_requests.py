@@ -304,7 +304,7 @@ def test_prompts_are_the_same_as_at_the_other_entrances(tiny_model, tmp_path, bo
     llama = Llama(tiny_model, tokenizer)
     texts = ["the king", "say </s> and <s>", "O"]
     answers = ask_all(llama, tmp_path, [{"prompt": text} for text in texts], temperature=0.0, prompt_logprobs=True)
-    completions = llama.text_completion(texts, 0.0, max_gen_len=12, logprobs=True)
+    completions = llama.text_completion(texts, 0.0, max_gen_len=12, logprobs=True, continuing=True)
     for text, answer, completion in zip(texts, answers, completions, strict=True):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert answer["prompt_tokens"] == [tokenizer.bos_token_id] * (bos is not None) + ids

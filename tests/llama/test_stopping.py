@@ -5,8 +5,8 @@ import transformers
 
 from hf_llama_sampling import Llama, Tokenizer
 from hf_llama_sampling.llama.dialog import UNSAFE_ERROR
-from hf_llama_sampling.llama.stopping import StopStrings
 from hf_llama_sampling.llama.streaming import TextStreamer
+from hf_llama_sampling.text.stopping import StopStrings
 from tests.conftest import TINY
 
 PROMPTS = ["ROMEO:", "The king of France is here", "JULIET:\nO", "First Citizen:\nWe"]

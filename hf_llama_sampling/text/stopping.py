@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 Stop = str | Sequence[str] | Sequence[Sequence[str] | None]
+_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
 TextOf = Callable[[Sequence[int]], str]
 
 
@@ -52,6 +53,23 @@ class StopStrings:
         found = [(text.find(string), string) for string in self.by_row[row]]
         return min(((at, string) for at, string in found if at >= 0), key=_first_and_longest, default=None)
 
+    def settled(self, row: int, text: str) -> bool:
+        """Whether a row's text has a place to end at that no text after it can change.
+
+        A longer string, or one that begins earlier, may still be on its way at the text's end.
+
+        >>> stops = StopStrings(["o", "you"], 1)
+        >>> [stops.settled(0, text) for text in ("y", "yo", "yol", "you")]
+        [False, False, True, True]
+        """
+        found, known = self.find(row, text), text.rstrip(_INCOMPLETE)
+        return found is not None and not any(
+            _first_and_longest((len(known) - size, string)) < _first_and_longest(found)
+            for string in self.by_row[row]
+            for size in range(1, len(string))
+            if known.endswith(string[:size])
+        )
+
     def held_back(self, row: int, text: str) -> int:
         """How many characters at a text's end may be the beginning of a stop string.
 
@@ -61,14 +79,15 @@ class StopStrings:
         sizes = (size for string in self.by_row[row] for size in range(1, len(string)) if text.endswith(string[:size]))
         return max(sizes, default=0)
 
-    def criterion(self, prompts: Sequence[Sequence[int]], text_of: TextOf) -> StoppingCriteria:
+    def criterion(self, prompts: Sequence[Sequence[int]], text_of: TextOf | Sequence[TextOf]) -> StoppingCriteria:
         """A stopping criterion for `generate`.
 
         Args:
             prompts: token ids of each row's prompt.
-            text_of: decodes token ids.
+            text_of: decodes a completion's token ids: one function for all rows, or one for each.
         """
-        return _StopStringsCriterion(self, [len(prompt) for prompt in prompts], text_of)
+        decoders = [text_of] * len(prompts) if callable(text_of) else list(text_of)
+        return _StopStringsCriterion(self, [len(prompt) for prompt in prompts], decoders)
 
     def cut(self, row: int, completion: Sequence[int], text_of: TextOf) -> Cut:
         """Where a row's completion ends; a token that begins before a stop string and reaches into it is left out."""
@@ -84,15 +103,18 @@ class StopStrings:
 
 
 class _StopStringsCriterion(StoppingCriteria):
-    """Whether each row's completion holds one of its stop strings."""
+    """Whether each row's completion holds the stop string that it ends at."""
 
-    def __init__(self, stops: StopStrings, prompt_lens: list[int], text_of: TextOf) -> None:
-        self.stops, self.prompt_lens, self.text_of = stops, prompt_lens, text_of
+    def __init__(self, stops: StopStrings, prompt_lens: list[int], decoders: list[TextOf]) -> None:
+        self.stops, self.prompt_lens, self.decoders = stops, prompt_lens, decoders
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: (B, T), each row's own text. Returns (B,) bool."""
-        texts = (self.text_of(ids[n:]) for ids, n in zip(input_ids.tolist(), self.prompt_lens, strict=True))
-        met = [self.stops.find(row, text) is not None for row, text in enumerate(texts)]
+        rows = zip(input_ids.tolist(), self.prompt_lens, self.decoders, strict=True)
+        met = [
+            bool(self.stops.by_row[row]) and self.stops.settled(row, text_of(ids[length:]))
+            for row, (ids, length, text_of) in enumerate(rows)
+        ]
         return torch.tensor(met, device=input_ids.device)
 
 
@@ -103,17 +125,18 @@ def _first_and_longest(found: tuple[int, str]) -> tuple[int, int]:
 
 def _strings_by_row(stop: Any, rows: int) -> list[tuple[str, ...]]:
     if isinstance(stop, str):
-        return [_check_strings([stop])] * rows
+        return [check_strings([stop])] * rows
     if not isinstance(stop, Sequence) or isinstance(stop, bytes):
         raise TypeError(f"stop must be a string, a list of strings, or such a list per row, got {stop!r}")
     if all(isinstance(string, str) for string in stop):
-        return [_check_strings(stop)] * rows
+        return [check_strings(stop)] * rows
     if len(stop) != rows:
         raise ValueError(f"stop must be strings for all rows or one list per row, got {len(stop)} for {rows} rows")
-    return [() if strings is None else _check_strings(strings, f" for row {row}") for row, strings in enumerate(stop)]
+    return [() if strings is None else check_strings(strings, f" for row {row}") for row, strings in enumerate(stop)]
 
 
-def _check_strings(strings: Any, where: str = "") -> tuple[str, ...]:
+def check_strings(strings: Any, where: str = "") -> tuple[str, ...]:
+    """Stop strings of one row: a string, or several in a list."""
     listed = [strings] if isinstance(strings, str) else strings
     if not isinstance(listed, Sequence) or not all(isinstance(string, str) for string in listed):
         raise TypeError(f"stop must be a string, a list of strings, or such a list per row, got {strings!r}{where}")

@@ -1,0 +1,211 @@
+"""Events of a run, a token at a time: each row's new token with its text and scores, and how the row ended.
+
+The loop calls `EventSource` after each step. What this module does not do: it decodes nothing itself (it is given what
+does), and it runs nothing (see `streaming`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..text.growing import GrowingText
+from ..text.stopping import Stop, StopStrings, TextOf
+from .plan import Plan
+from .scoring import TopLogprobs
+
+_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character
+
+
+class TokenEvent(NamedTuple):
+    """A token of a row, or, with a `finish_reason`, the row's end.
+
+    A row's texts add up to what is decoded; bytes that make no character yet, and what may become a stop string, are
+    held back, so a token's text may be empty.
+    """
+
+    row: int
+    id: int | None  # None at the row's end
+    text: str
+    logprob: float | None = None  # raw, if asked for
+    top: TopLogprobs | None = None  # the best ids with their raw logprobs, if asked for
+    finish_reason: str | None = None  # "stop" or "length"
+    stop_reason: str | None = None  # the stop string that ended the row
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """How the texts of a run are decoded.
+
+    Args:
+        prompt: decodes an echoed prompt.
+        after: gives what decodes the completion of a prompt.
+        is_byte: see `GrowingText`.
+    """
+
+    prompt: TextOf
+    after: Callable[[Sequence[int]], TextOf]
+    is_byte: Callable[[int], bool] | None = None
+
+
+class _Scores(NamedTuple):
+    """What goes along with a token."""
+
+    logprob: float | None
+    top: TopLogprobs | None
+
+
+class _Row:
+    """One row's answer as it comes."""
+
+    def __init__(self, number: int, plan: Plan, decoders: Decoders, stops: StopStrings) -> None:
+        prompt = plan.prompts[number]
+        self.number = number
+        self.echoed = len(prompt) if plan.echo else 0
+        self.count = 0  # tokens of the answer so far
+        self.finished = False
+        self.prompt = GrowingText[tuple[int, _Scores]](decoders.prompt, is_byte=decoders.is_byte)
+        self.text = GrowingText[tuple[int, _Scores]](decoders.after(prompt), stops, number, decoders.is_byte)
+        self.left = ""  # of the prompt's text, for the next event
+        # With `compat="meta"` an echoed prompt is cut at an EOS.
+        cut = (at for at, token in enumerate(prompt) if token in plan.eos_ids)
+        self.most = next(cut, None) if plan.echo and plan.compat == "meta" else None
+
+    def take(self, token: int, scores: _Scores) -> list[TokenEvent]:
+        """The events that the answer's next token makes."""
+        self.count += 1
+        if self.most is not None and self.count > self.most:
+            return []
+        in_prompt = self.count <= self.echoed
+        released = (self.prompt if in_prompt else self.text).add(token, (token, scores))
+        events = [self._event(token, scores, text) for (token, scores), text in released]
+        if in_prompt and self.count == self.echoed:
+            self.left += self.prompt.end()[1].text.rstrip(_INCOMPLETE)
+        return events
+
+    def finish(self, reason: str) -> list[TokenEvent]:
+        """The events of the row's end."""
+        self.finished = True
+        if self.echoed and self.count < self.echoed:  # cut within its prompt
+            self.left += self.prompt.end()[1].text
+        released, end = self.text.end()
+        events = [self._event(token, scores, text) for (token, scores), text in released]
+        text, self.left = self.left + end.text, ""
+        ended_by = "stop" if end.stop is not None else reason
+        return [*events, TokenEvent(self.number, None, text, None, None, ended_by, end.stop)]
+
+    def _event(self, token: int, scores: _Scores, text: str) -> TokenEvent:
+        text, self.left = self.left + text, ""
+        return TokenEvent(self.number, token, text, *scores)
+
+
+class EventSource:
+    """Makes events of what the loop does, and ends rows at their stop strings.
+
+    Args:
+        decoders: how the texts are decoded.
+        stop: the stop strings.
+        emit: is given the events of each step.
+    """
+
+    def __init__(self, decoders: Decoders, stop: Stop | None, emit: Callable[[list[TokenEvent]], object]) -> None:
+        self.decoders, self.stop, self.emit = decoders, stop, emit
+        self.rows: list[_Row] = []
+
+    def take_plan(self, plan: Plan) -> None:
+        """Learn of the whole call before it runs."""
+        self.stops = StopStrings([] if self.stop is None else self.stop, len(plan.prompts))
+        self.rows = [_Row(number, plan, self.decoders, self.stops) for number in range(len(plan.prompts))]
+
+    def begin(self, plan: Plan, state: Any, scorer: Any, prompt_rows: Any) -> None:
+        """A run of some rows begins; see `loop.run_loop`."""
+        self.plan, self.state, self.scorer, self.prompt_rows = plan, state, scorer, prompt_rows
+        self.eos_ids = set(plan.eos_ids)
+        self.begun = False
+
+    def step(self, input_ids: Tensor) -> list[bool]:
+        """Make the events of a step; which rows of the run met a stop string. input_ids: (B, T)."""
+        events: list[TokenEvent] = []
+        if not self.begun and self.plan.echo:
+            events += self._prompts()
+        self.begun = True
+        column, tokens = input_ids.shape[1] - 1, input_ids[:, -1].tolist()
+        scores = self._scores(self.state.scores[-1], 0) if self.plan.wants_scores else None
+        by_criterion = (self.state.criterion_stops == column + 1).tolist()
+        met = []
+        for place, token in enumerate(tokens):
+            row = self.rows[self.plan.row_ids[place]]
+            found = _Scores(None, None) if scores is None else scores[place]
+            made, stopped = self._take(row, place, column, token, found, by_criterion=by_criterion[place])
+            events += made
+            met.append(stopped)
+        self.emit(events)
+        return met
+
+    def finish(self, output: Any) -> None:
+        """Make the events of what no step made, once the answer of the whole call is there."""
+        events: list[TokenEvent] = []
+        for row in self.rows:
+            if row.finished:
+                continue
+            for place in range(row.count, len(output.tokens[row.number])):
+                logprob = output.logprobs[row.number][place] if output.logprobs else None
+                top = output.top_logprobs[row.number][place] if output.top_logprobs else None
+                events += row.take(output.tokens[row.number][place], _Scores(logprob, top))
+            events += row.finish(output.finish_reason[row.number])
+        self.emit(events)
+
+    def _take(
+        self, row: _Row, place: int, column: int, token: int, scores: _Scores, *, by_criterion: bool
+    ) -> tuple[list[TokenEvent], bool]:
+        """The events of one row's token in a column, and whether it met a stop string."""
+        plan = self.plan
+        position, length = column - plan.offsets[place], plan.lengths[place]
+        if row.finished or position >= length + plan.limits[place]:
+            return [], False
+        if position < length:  # the row is still being forced
+            return (row.take(token, scores) if plan.echo else []), False
+        if token in self.eos_ids:
+            return row.finish("stop"), False
+        events = row.take(token, scores)
+        if self.stops.settled(row.number, row.text.text):
+            return events + row.finish("stop"), True
+        if by_criterion:
+            return events + row.finish("stop"), False
+        if position + 1 == length + plan.limits[place]:
+            return events + row.finish("length"), False
+        return events, False
+
+    def _prompts(self) -> list[TokenEvent]:
+        """The events of the prompts as far as they were prefilled."""
+        plan, events = self.plan, []
+        columns = None if self.scorer is None else self.scorer.scores(plan.offsets)
+        given = [] if columns is None else [self._scores(columns, at) for at in range(plan.start - 1)]
+        for place, prompt in enumerate(plan.prompts):
+            for position in range(min(len(prompt), plan.start - plan.offsets[place])):
+                scores = self._of_prompt(given, place, position)
+                events += self.rows[plan.row_ids[place]].take(prompt[position], scores)
+        return events
+
+    def _of_prompt(self, given: list[list[_Scores]], place: int, position: int) -> _Scores:
+        """The scores of a prompt's token; nothing stands before the first one."""
+        plan = self.plan
+        if self.prompt_rows is not None:
+            row = self.prompt_rows[place]
+            found = _Scores(row.logprobs[position], row.top_logprobs[position])
+        elif position == 0 or not plan.wants_scores:
+            found = _Scores(0.0, [])
+        else:
+            return given[plan.offsets[place] + position - 1][place]
+        return _Scores(found.logprob if plan.logprobs else None, found.top if plan.top_logprobs else None)
+
+    def _scores(self, columns: Any, at: int) -> list[_Scores]:
+        """Each row's scores in one column, as far as they were asked for."""
+        plan = self.plan
+        logprobs: list[Any] = columns.logprobs[:, at].tolist() if plan.logprobs else [None] * len(plan.prompts)
+        tops: list[Any] = [None] * len(plan.prompts)
+        if plan.top_logprobs:
+            ids, best = columns.top_ids[:, at].tolist(), columns.top_logprobs[:, at].tolist()
+            tops = [list(zip(*both, strict=True)) for both in zip(ids, best, strict=True)]
+        return [_Scores(*both) for both in zip(logprobs, tops, strict=True)]

@@ -1,0 +1,110 @@
+"""A text whose tokens come one by one: which of its characters, and which of its tokens, are certain so far.
+
+What this module does not do: it decodes nothing itself; it is given a function that does.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from .stopping import StopStrings
+
+_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
+
+Item = TypeVar("Item")
+
+
+class End(NamedTuple):
+    """How a text ended."""
+
+    text: str  # what no token has brought
+    stop: str | None  # the stop string; None if there was none
+
+
+class GrowingText(Generic[Item]):
+    """One row's text, token by token; anything may go along with each token.
+
+    Held back are bytes that make no character yet, what may become a stop string, and the tokens that spell either.
+
+    Args:
+        text_of: decodes token ids.
+        stops: the stop strings.
+        row: whose of them.
+        is_byte: says which tokens stand for a byte; None if what bytes spell never changes with the bytes after them.
+    """
+
+    def __init__(
+        self,
+        text_of: Callable[[Sequence[int]], str],
+        stops: StopStrings | None = None,
+        row: int = 0,
+        is_byte: Callable[[int], bool] | None = None,
+    ) -> None:
+        self.text_of, self.stops, self.row, self.is_byte = text_of, stops, row, is_byte
+        self.has_stops = stops is not None and bool(stops.by_row[row])
+        self.ids: list[int] = []
+        self.text = ""
+        self.known = 0  # characters of the text that later tokens cannot change
+        self.ends: list[int] = []  # of each token: `known` after it
+        self.whole = 0  # tokens that spell whole characters together
+        self.waiting: list[Item] = []
+        self.released = 0
+
+    def add(self, token: int, item: Item) -> list[tuple[Item, str]]:
+        """Take a token; the items that are certain now, and each one's text."""
+        self.ids.append(token)
+        self.waiting.append(item)
+        self.text = self.text_of(self.ids)
+        if not self.text.endswith(_INCOMPLETE) and not (self.is_byte and self.is_byte(token)):
+            self._settle_waiting()
+            self.known, self.whole = max(self.known, len(self.text)), len(self.ids)
+        self.ends.append(self.known)
+        if not self.has_stops:
+            return self._release(len(self.ids))
+        assert self.stops is not None
+        certain = self.known - self.stops.held_back(self.row, self.text[: self.known])
+        return self._release(self._tokens_before(min(certain, self._stop()[0])))
+
+    def end(self) -> tuple[list[tuple[Item, str]], End]:
+        """The items that are left, and how the text ends; items of a stop string are dropped."""
+        if not self.ids:
+            self.text = self.text_of([])
+        at, string = self._stop()
+        if string is None:
+            released = self._release(len(self.ids))
+            return released, End(self.text[self._sent :], None)
+        released = self._release(self._tokens_before(at))
+        return released, End(self.text[self._sent : at], string)
+
+    def _settle_waiting(self) -> None:
+        """Note what the bytes before a whole character spell, now that nothing can change it."""
+        for place in range(max(self.whole, self.released), len(self.ids) - 1):
+            before = self.text_of(self.ids[: place + 1]).rstrip(_INCOMPLETE)
+            if self.text.startswith(before):
+                self.known = max(self.known, len(before))
+            self.ends[place] = self.known
+
+    @property
+    def _sent(self) -> int:
+        """Characters that went along with tokens."""
+        return self.ends[self.released - 1] if self.released else 0
+
+    def _stop(self) -> tuple[int, str | None]:
+        """Where the text ends so far, and the stop string that ends it there."""
+        found = self.stops.find(self.row, self.text) if self.has_stops and self.stops else None
+        return (len(self.text), None) if found is None else found
+
+    def _tokens_before(self, at: int) -> int:
+        """How many tokens spell whole characters, none of them at or beyond a place."""
+        count = self.whole
+        while count > self.released and len(self.text_of(self.ids[:count])) > at:
+            count -= 1
+        return count
+
+    def _release(self, count: int) -> list[tuple[Item, str]]:
+        first = self.released
+        starts = [self._sent, *self.ends[first:count]]
+        pieces = [self.text[a:b] for a, b in itertools.pairwise(starts)]
+        items, self.waiting = self.waiting[: len(pieces)], self.waiting[len(pieces) :]
+        self.released = max(first, count)
+        return list(zip(items, pieces, strict=True))

@@ -143,7 +143,7 @@ def run(
     Summary(records=3, errors=0, tokens=412, answered=3, seconds=9.1)
     """
     start = time.monotonic()
-    _check_arguments(llama, input=input, output=output, existing=existing)
+    _check_arguments(llama, input=input, output=output, existing=existing, engine=engine)
     settings = RunSettings(
         draw=SamplingSettings(temperature, top_p),
         max_gen_len=llama.max_seq_len - 1 if max_gen_len is None else max_gen_len,
@@ -158,7 +158,6 @@ def run(
         fields=FieldNames(prompt_field, id_field, keep_fields),  # type: ignore[arg-type]  # a list becomes a tuple
     )
     check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(llama.model))
-    check_choice("engine", engine, ("batches", "continuous"))
     limits = BatchLimits(_rows(llama, batch_size), batch_tokens, window)
     job = Job(llama, settings, limits, check_bool("strict", strict), process_state(), engine)
     job.check(input, output)
@@ -169,12 +168,13 @@ def run(
     return summary._replace(seconds=time.monotonic() - start)
 
 
-def _check_arguments(llama: object, *, existing: str, **paths: object) -> None:
+def _check_arguments(llama: object, *, existing: str, engine: str, **paths: object) -> None:
     """Refuse arguments of the wrong kind before anything is read."""
     if not all(hasattr(llama, name) for name in ("model", "tokenizer", "max_seq_len", "max_batch_size")):
         raise TypeError(f"batch.run takes a Llama, got {type(llama).__name__}: make one with Llama(model, tokenizer)")
     _check_paths(**paths)
     check_choice("existing", existing, ("check", "reuse", "restart"))
+    check_choice("engine", engine, ("batches", "continuous"))
 
 
 def _check_paths(**paths: object) -> None:

@@ -34,6 +34,7 @@ SURFACE = [
     "Message",
     "PromptCache",
     "Role",
+    "TokenEvent",
     "Tokenizer",
     "sample_top_p",
     "with_llama_generation",

@@ -12,6 +12,7 @@ from tests.batch.helpers import SETTINGS, ask_all, read, some_records, write
 from tests.bounds import ROUNDING
 from tests.generation.batching import without_collections
 
+pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
 batching = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
 
 

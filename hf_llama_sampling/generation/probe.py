@@ -54,6 +54,11 @@ class Probe:
             return False  # they stand before the padding, and would move away from their text
         return self._holds("padding", _takes_padding)
 
+    def moves_behind_padding(self) -> bool:
+        """Whether a beginning's cache may be put behind padding: not where columns are the model's positions."""
+        told = "position_ids" in signature(self.model.forward).parameters or is_known(self.model)
+        return told and self.takes_padding()
+
     def keeps_rows_apart(self) -> bool:
         """Whether a row's logits stay what they are alone in a batch of one length; some recurrent states mix rows."""
         return self._holds("rows", _keeps_rows_apart)

@@ -83,7 +83,7 @@ def _share(
     if stage.scored and not plan.asked.same_for_all:
         prefix = 0  # one row stands for all
     if prefix and not (
-        probe.reads_in_chunks(plan.start) and (min(plan.offsets) == max(plan.offsets) or probe.takes_padding())
+        probe.reads_in_chunks(plan.start) and (min(plan.offsets) == max(plan.offsets) or probe.moves_behind_padding())
     ):
         prefix = 0
     repeats = copies * (last - max(prefix, read)) >= least
@@ -153,7 +153,7 @@ class _Stages:
         if not (
             worth_taking(columns, len(rows))
             and self.probe.reads_in_chunks(plan.start)
-            and (max(offsets) == 0 or self.probe.takes_padding())
+            and (max(offsets) == 0 or self.probe.moves_behind_padding())
             and still_reads_alike(self.model, self.generate, known[0].text)
         ):
             return None

@@ -152,6 +152,12 @@ def test_the_file_tree_is_the_packages():
     assert named == modules
 
 
+def test_the_layers_are_the_contracts():
+    """docs/architecture.md draws the layers that import-linter checks."""
+    layers = ast.literal_eval(re.search(r"^layers = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
+    assert "\n".join(layers) + "\n" in [block.text for block in blocks_of(DOCS / "architecture.md")]
+
+
 def test_names_of_the_rules_are_where_the_table_says():
     """The last table of docs/architecture.md: each name is defined in a file of its line."""
     table = (DOCS / "architecture.md").read_text().partition("| rule | file | name |")[2]
@@ -160,8 +166,11 @@ def test_names_of_the_rules_are_where_the_table_says():
     for words in rows:
         files = [word for word in words if word.endswith(".py")]
         text = "".join((PACKAGE / file).read_text() for file in files)
-        for name in (word for word in words if "." not in word):
-            assert re.search(rf"^(?:def|class) {name}\b", text, flags=re.MULTILINE), f"{name} is not in {files}"
+        for name in (word for word in words if word not in files):
+            outer, *inner = name.split(".")
+            assert re.search(rf"^(?:def|class) {outer}\b", text, flags=re.MULTILINE), f"{name} is not in {files}"
+            for method in inner:
+                assert re.search(rf"^    def {method}\b", text, flags=re.MULTILINE), f"{name} is not in {files}"
 
 
 def test_files_that_the_pages_name_exist():

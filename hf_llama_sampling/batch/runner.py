@@ -128,7 +128,7 @@ def run(
         strict: whether to stop at the first wrong record.
         existing: what to do about an output that is there already, finished or not. `"check"` takes up or leaves alone
             what the same input and settings made and refuses anything else, `"reuse"` keeps the answers of unchanged
-            records and makes all others, errors included, `"restart"` makes all.
+            records and makes all others (errors too, if the output is complete), `"restart"` makes all.
 
     Returns:
         The `Summary`, in every process.

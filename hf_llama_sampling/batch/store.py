@@ -4,7 +4,7 @@
     shard-00000   one per process: the responses so far, gone when the run is complete
     keys          of a complete output, 8 bytes a record: which record each line answers
 
-Nobody may read these who may not read the input. This module runs no model, and knows processes by their number only.
+The files get no wider permissions than the input has. This module runs no model, and knows processes by number only.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ from .shards import ERROR, Shard, ShardLine, explained, read_line_at, read_lines
 
 Existing = Literal["check", "reuse", "restart"]
 ResumeState = Literal["new", "partial", "reuse", "complete"]
+"""Responses that a run keeps from earlier ones: none ("new"), those in the shards, if any ("partial"), those of a
+complete output, except its errors ("reuse"), or the whole output, with nothing left to do ("complete")."""
 
 _CACHED = 90.0  # seconds after which a network file system shows every machine a new file
 
@@ -34,8 +36,8 @@ _CACHED = 90.0  # seconds after which a network file system shows every machine 
 class Summary(NamedTuple):
     """The totals of a run.
 
-    `records` and `errors` count lines of the output, `tokens` those generated (or scored) for it, by whichever run;
-    `answered` counts the lines that this run added, on all processes together, and `seconds` is what it took.
+    `records`, `errors` and `tokens` (generated, or scored) describe the whole output, whichever run made it; `answered`
+    (the lines added, on all processes together) and `seconds` describe this run only.
     """
 
     records: int
@@ -52,7 +54,7 @@ class RunDirectory:
         output: the output's path; links are followed.
 
     Raises:
-        Refused: its folder does not exist, or something that is no file has its name.
+        Refused: its folder does not exist, or the path names something that is not a file.
     """
 
     def __init__(self, output: str | os.PathLike[str]) -> None:
@@ -67,7 +69,7 @@ class RunDirectory:
             raise Refused(f'the output must be a file, and {str(self.output)!r} is none: name one, or "-"')
 
     def take_input(self, file: BinaryIO, name: object) -> None:
-        """Refuse an input that the run would write over, by whatever name, and note who may read it.
+        """Refuse an input that the run would overwrite, under any name or link; record its permissions.
 
         Raises:
             Refused: `file` is the output itself or a file of the run.
@@ -83,11 +85,11 @@ class RunDirectory:
         self.access = _access_of(status)
 
     def shards(self) -> list[Path]:
-        """All shards, also those of processes that this run does not have."""
+        """List all shards, including those of processes that this run lacks."""
         return sorted(self.path.glob("shard-*"))
 
     def open_shard(self, process: int) -> Shard:
-        """The shard of a process; only one run may have it open. The main process makes the directory and all files.
+        """Open and lock the shard of a process. The main process makes the directory and all files.
 
         Raises:
             OSError: another run has it, or it cannot be written.
@@ -107,10 +109,12 @@ class RunDirectory:
     def _shard(self, process: int) -> Path:
         return self.path / f"shard-{process:05d}"
 
-    # Files from before
+    # Existing files
 
     def resume_state(self, manifest: dict[str, Any], existing: Existing) -> ResumeState:
-        """Look at what exists of this output, and decide how to go on.
+        """Inspect the existing files, and decide: start new, resume, reuse, or report complete.
+
+        Without a manifest the state is "partial": `_refuse_foreign_files` has let pass only empty shards.
 
         Raises:
             Refused: it was not made with this input and these settings, or no run made it.
@@ -140,9 +144,9 @@ class RunDirectory:
         return "complete" if exists else "new"
 
     def _refuse_foreign_files(self, old: dict[str, Any] | None) -> None:
-        """A run replaces its own output and its own directory only."""
+        """Refuse files that no run made, since this run would replace or remove them."""
         if not self.manifest_file.exists():
-            killed = self.manifest_file.with_name("run.json.new")  # left by a run that was killed as it began
+            killed = self.manifest_file.with_name("run.json.new")  # left by a run that was killed at its start
             found = [path for path in self.path.glob("*") if path != killed]
             unknown = [path for path in found if not path.match("shard-*") or path.stat().st_size]
             if unknown:
@@ -157,7 +161,7 @@ class RunDirectory:
             )
 
     def _is_ours(self, old: dict[str, Any] | None) -> bool:
-        """Compare the output with the digests of what the run wrote, or was about to write when it was killed."""
+        """Compare the output with the recorded digests, including one recorded before the final rename."""
         digests = (old or {}).get("outputs", [])
         return bool(digests) and _digest_of(self.output) in digests
 
@@ -188,10 +192,10 @@ class RunDirectory:
     # The work
 
     def prepare(self, manifest: dict[str, Any], state: ResumeState, *, own_shard: Path, processes: int) -> None:
-        """Bring the directory into order for so many processes; `own_shard` is the main process's, open and locked.
+        """Prepare the directory for so many processes; `own_shard` is the main process's, open and locked.
 
         Raises:
-            BlockingIOError: another run is at work here.
+            BlockingIOError: another run has a shard open.
             ValueError: a shard is corrupted.
         """
         with explained(f"the output {str(self.output)!r} cannot be written"):
@@ -211,7 +215,7 @@ class RunDirectory:
             self._write_manifest({**manifest, "complete": False, "outputs": self._known_outputs()})
 
     def _output_to_shard(self) -> None:
-        """Put the responses of a complete output into a shard, without its errors."""
+        """Copy the responses of a complete output into a shard, without its errors."""
         keys = np.frombuffer(self.keys_file.read_bytes(), dtype="<u8")
         with open(self.output, "rb") as lines, self._replacing(self.path / "shard-earlier") as shard:
             for key, line in zip(keys, lines, strict=False):
@@ -221,7 +225,7 @@ class RunDirectory:
                     shard.write(ShardLine(int(key), 0, len(tokens.value), line.rstrip(b"\n")).encode())
 
     def answered(self, index: InputIndex) -> bytes:
-        """One byte per record: whether some shard holds its response."""
+        """Return one byte per record: 1 if some shard holds its response."""
         done = bytearray(len(index))
         for path in self.shards():
             for _, line in read_lines(path):
@@ -231,7 +235,7 @@ class RunDirectory:
         return bytes(done)
 
     def finish(self, manifest: dict[str, Any], index: InputIndex) -> Summary:
-        """Merge the shards into the output, which appears at once, and remove them.
+        """Merge the shards into the output, rename it into place, and remove the shards.
 
         Raises:
             FileNotFoundError: responses are missing.
@@ -263,21 +267,21 @@ class RunDirectory:
     def _merge(
         self, manifest: dict[str, Any], shards: list[Path], which: NDArray[np.int32], where: NDArray[np.int64]
     ) -> tuple[str, int]:
-        """Write the output, each line from its shard; returns its digest and size. The manifest knows it first."""
+        """Write the output, each line from its shard; record its digest before the rename. Return digest and size."""
         merged = self.path / "merged"
         with self._replacing(self.output, merged) as output, contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(path, "rb")) for path in shards]
             for number, offset in zip(which, where, strict=True):
                 output.write(read_line_at(shards[number], files[number], int(offset)).json + b"\n")
             output.flush()
-            if self.output.exists():  # its owner has set who may read it
+            if self.output.exists():  # keep the permissions that its owner has set
                 os.chmod(merged, stat.S_IMODE(self.output.stat().st_mode) & self.access)
             made = _digest_of(merged)
             self._write_manifest({**manifest, "complete": False, "outputs": [*self._known_outputs(), made]})
             return made, output.tell()
 
     def clean_up(self) -> Summary:
-        """Remove the shards of a complete output; returns its summary."""
+        """Remove the shards of a complete output; return its summary."""
         for path in self.shards():
             path.unlink(missing_ok=True)
         manifest = self._read_manifest()
@@ -290,7 +294,7 @@ class RunDirectory:
             return list((self._read_manifest() or {}).get("outputs", []))
         return []
 
-    # Files that appear at once
+    # Writing files whole
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._write(self.manifest_file, json.dumps(manifest, indent=1).encode() + b"\n")
@@ -301,23 +305,23 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _replacing(self, path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-        """A file that takes its name at once, when it is whole and on the disk."""
+        """Open a temporary file; sync it and rename it to `path` at the end, so that nobody sees it half-written."""
         temporary = temporary or path.with_name(f"{path.name}.new")
-        temporary.unlink(missing_ok=True)  # of a run that was killed, with permissions of that time
+        temporary.unlink(missing_ok=True)  # a killed run's leftover: it may have wider permissions
         try:
             with open(temporary, "wb", opener=functools.partial(os.open, mode=self.access & 0o666)) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
-            temporary.unlink(missing_ok=True)  # on a full disk it is in the way
+            temporary.unlink(missing_ok=True)  # free the space: the disk may be full
             raise
         os.replace(temporary, path)
         _sync(path.parent)
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """In words, what differs in two manifests."""
+    """Describe the differences between two manifests."""
     return "; ".join(
         f"{name} was {old[part].get(name)!r} and is {new[part].get(name)!r}"
         for part in new
@@ -327,7 +331,7 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _access_of(status: os.stat_result) -> int:
-    """Compute the permission bits of files made from an input: nobody reads them who may not read the input."""
+    """Compute the permission bits for files made from an input: no wider than the input's."""
     mode = status.st_mode
     if not stat.S_ISREG(mode) or os.name != "posix":
         return 0o777
@@ -336,14 +340,14 @@ def _access_of(status: os.stat_result) -> int:
 
 
 def _restrict(path: Path, access: int) -> None:
-    """Take permissions away that an earlier run gave, when the input could still be read by more."""
+    """Remove permissions that an earlier run set when more users could read the input."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & ~access & 0o777:
         os.chmod(path, mode & access)
 
 
 def _appears(path: Path) -> bool:
-    """Wait for a file to appear, as long as a network file system may hide it; True if it did."""
+    """Poll until the file is visible, at most 90 s (network file systems cache names). Return whether it is."""
     deadline = time.monotonic() + _CACHED
     while not path.exists():
         if time.monotonic() > deadline:
@@ -361,7 +365,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Sync a folder's names to the disk; Windows does so by itself."""
+    """Sync a folder's entries to the disk, on POSIX; Windows needs no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,9 @@
 """PEFT's adapters: a PEFT model around a model of ours, and the other way round.
 
-LoRA and its kin live in the model's own layers, so whoever calls the model calls them. Soft prompts (prompt tuning,
-p-tuning, prefix tuning) live in the PEFT model alone, which hands most calls on to the model beneath. So here the model
-beneath learns of them. What this module does not do: it imports no PEFT, and it runs no model.
+LoRA and the like live in the base model's layers, so every forward applies them. Soft prompts (prompt tuning, p-tuning,
+prefix tuning) live in the PEFT wrapper, which forwards most calls to the base model; this module passes them on
+(`through_peft`). `generate` needs no `through_peft`: PEFT has a `generate` of its own, which replaces the base model's
+`prepare_inputs_for_generation` while it runs. What this module does not do: it imports no PEFT, and it runs no model.
 """
 
 import copy
@@ -21,7 +22,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def soft_prompts_of(model: Any) -> Any:
-    """What replaces the model's way of preparing inputs for the loop, as PEFT's soft prompts do; None if nothing."""
+    """Return the object (a PEFT model, usually) that overrides `prepare_inputs_for_generation`, else None."""
     if is_peft_model(model):
         return model if _is_soft_prompt(model.active_peft_config) else None
     prepare = vars(model).get("prepare_inputs_for_generation")
@@ -33,7 +34,7 @@ def soft_prompts_of(model: Any) -> Any:
 
 
 def refuse_lost_soft_prompts(model: Any) -> None:
-    """Refuse soft prompts where PEFT hands them over under a name of the cache that transformers no longer reads."""
+    """Refuse soft prompts with PEFT < 0.22 on transformers >= 5.24, which no longer reads PEFT's `past_key_values`."""
     if CACHE_NAME == "past_key_values" or soft_prompts_of(model) is None:
         return
     version = importlib.metadata.version("peft")
@@ -45,13 +46,13 @@ def refuse_lost_soft_prompts(model: Any) -> None:
 
 
 def virtual_tokens(model: Any) -> int:
-    """The number of virtual tokens that soft prompts put before each text."""
+    """Return the number of virtual tokens that soft prompts put before each text."""
     adapter = getattr(soft_prompts_of(model), "active_peft_config", None)
     return int(getattr(adapter, "num_virtual_tokens", None) or 0)
 
 
 def keeps_soft_prompts_in_cache(soft_prompts: Any) -> bool:
-    """Whether soft prompts are keys and values, as in prefix tuning, and not embeddings before the text."""
+    """Whether soft prompts are cached keys and values (prefix tuning), not embeddings before the text."""
     return getattr(getattr(soft_prompts, "active_peft_config", None), "peft_type", None) in (
         "PREFIX_TUNING",
         "CARTRIDGE",
@@ -59,7 +60,7 @@ def keeps_soft_prompts_in_cache(soft_prompts: Any) -> bool:
 
 
 def mixes_adapters(model: Any) -> bool:
-    """Whether PEFT told the layers an adapter for each row of this batch (`adapter_names`)."""
+    """Whether rows of this batch use different adapters (PEFT's `adapter_names`)."""
     if not hasattr(model, "peft_config"):
         return False
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
@@ -67,12 +68,12 @@ def mixes_adapters(model: Any) -> bool:
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether this is a model of PEFT around one of transformers."""
+    """Whether this is a PEFT model around a transformers model."""
     return hasattr(model, "active_peft_config") and hasattr(model, "get_base_model")
 
 
 def with_inner(peft_model: Any, change: Callable[[Any], Any]) -> Any:
-    """A shallow copy of a PEFT model around a changed model of transformers; all weights are shared."""
+    """Copy a PEFT model around `change(base model)`; the copies are shallow and share all weights."""
     inner = peft_model.get_base_model()
     twin = _around(peft_model, inner, change(inner))
     if hasattr(twin, "base_model_prepare_inputs_for_generation"):
@@ -81,7 +82,7 @@ def with_inner(peft_model: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _around(outer: Any, inner: Any, changed: Any) -> Any:
-    """A copy of a module in which `changed` takes the place of `inner`, however deep `inner` stands."""
+    """Copy a module with its submodule `inner`, at any depth, replaced by `changed`."""
     if outer is inner:
         return changed
     twin = copy.copy(outer)
@@ -91,7 +92,7 @@ def _around(outer: Any, inner: Any, changed: Any) -> Any:
 
 
 def with_soft_prompts(inner: Any, peft_model: Any) -> Any:
-    """A view of the model beneath a PEFT model that prepares its inputs as PEFT's own `generate` lets it."""
+    """Copy the base model, and let PEFT prepare the copy's inputs, as PEFT's own `generate` does."""
     view = copy.copy(inner)
     view.prepare_inputs_for_generation = peft_model.prepare_inputs_for_generation
     if vars(peft_model).get("max_seq_len") is not None:
@@ -100,7 +101,7 @@ def with_soft_prompts(inner: Any, peft_model: Any) -> Any:
 
 
 def refuse_invocation_tokens(model: Any) -> None:
-    """Refuse an adapter that begins at a place in each text: it is told that place by PEFT's own loop alone."""
+    """Refuse activated LoRA (aLoRA): only PEFT's own loop tells it where in a text to start."""
     configs = getattr(model, "peft_config", None)
     for name, config in configs.items() if isinstance(configs, dict) else ():
         if getattr(config, "alora_invocation_tokens", None):
@@ -111,9 +112,9 @@ def refuse_invocation_tokens(model: Any) -> None:
 
 
 class _ThroughPeft:
-    """A method that PEFT models hand on to the model beneath; it then runs on that model with their soft prompts.
+    """Descriptor of a method that, called through a PEFT model, runs on the base model with PEFT's soft prompts.
 
-    `PeftModel.__getattr__` asks the model beneath for what it lacks, and only that frame knows who was called.
+    `PeftModel.__getattr__` fetches missing methods from the base model, so look one frame up for the PEFT model.
     """
 
     def __init__(self, method: Callable[..., Any]) -> None:
@@ -131,7 +132,7 @@ class _ThroughPeft:
 
 
 def through_peft(method: Method) -> Method:
-    """Let a method run under the soft prompts of the PEFT model that it is called through."""
+    """Decorate a method to apply the soft prompts of the PEFT model that it is called through."""
     return cast(Method, _ThroughPeft(method))
 
 

@@ -31,22 +31,22 @@ from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
 from .sharing import leaves_cache, share_prefill
 
-NEVER = torch.iinfo(torch.long).max  # a column that no run comes to
+NEVER = torch.iinfo(torch.long).max  # larger than any column
 _HANDED_ON = ("synced_gpus", "streamer")
 _EXTRAS = ("logits", "attentions", "hidden_states", CACHE_NAME)
 
 
 @dataclass
 class LoopState:
-    """What the steps of one run write. Tensors are (B,), on the plan's device.
+    """Collects what the steps of one run record. Tensors are (B,), on the plan's device.
 
-    Where an EOS ended a row is not among it: that follows from the tokens, see `row_stops`.
+    Does not store where EOS ended a row: `row_stops` finds it in the tokens.
     """
 
     done: Tensor  # bool: rows that take no further token
     criterion_stops: Tensor  # the column after the one where a criterion of the caller's ended the row, else NEVER
-    probes: list[Tensor] = field(default_factory=list)  # of each step, off the CPU: finite where the logits were sound
-    unsound: Tensor | None = None  # (), bool, off the CPU: the last step's logits held nan or inf
+    finite_checks: list[Tensor] = field(default_factory=list)  # per step, off the CPU: finite if the row's logits are
+    unsound: Tensor | None = None  # (), bool, off the CPU: whether the last step's logits held nan or inf
     scores: list[TokenScores] = field(default_factory=list)  # of each step's tokens, (B, 1) each
     softmax_probs: list[Tensor] = field(default_factory=list)  # of each step's tokens after temperature
     nucleus_masses: list[Tensor] = field(default_factory=list)  # of the nucleus that each step's tokens were drawn from
@@ -64,7 +64,7 @@ class LoopState:
 
 
 class SamplingProcessor(LogitsProcessor):
-    """Draw every row's token, force the prompts' own, record; answer with one-hot rows."""
+    """Draw each row's token, or force its prompt's; record the scores; return them as one-hot logits."""
 
     def __init__(self, plan: Plan, state: LoopState, stream: Stream, edits: LogitEdits) -> None:
         self.plan, self.state, self.edits = plan, state, edits
@@ -85,7 +85,7 @@ class SamplingProcessor(LogitsProcessor):
         if self.forced is not None and column < plan.longest:
             given = self.forced[:, column]
             tokens = torch.where(given >= 0, given, tokens)
-        # A row that is done goes on with pad, as in transformers; it is cut off in the end, and no row sees another.
+        # Feed pad to rows that are done, as transformers does; the pads are cut off at the end.
         tokens = tokens.masked_fill(state.done, plan.fill_id)
         if plan.broadcast_tokens is not None:
             tokens = plan.broadcast_tokens(tokens)
@@ -96,7 +96,7 @@ class SamplingProcessor(LogitsProcessor):
         return self.no_token.scatter(1, tokens[:, None], 0.0)
 
     def _record(self, logits: Tensor, tokens: Tensor, draw: Draw, forced: Tensor | None) -> None:
-        """Note the scores of a step's tokens (B,), and what they were drawn with; `forced` (B,) ones were not drawn."""
+        """Record the scores and the draw of a step's tokens (B,); `forced` (B,) ones were not drawn: probability 1."""
         asked = self.plan.asked
         self.state.scores.append(score(logits[:, None], tokens[:, None], asked.ids[:, None], asked.top))
         assert draw.nucleus_mass is not None
@@ -107,28 +107,28 @@ class SamplingProcessor(LogitsProcessor):
         self.state.nucleus_masses.append(mass)
 
     def _look_for_nonfinite(self, logits: Tensor, draw: Draw, column: int, raw: Tensor) -> None:
-        """Raise for logits with nan or inf; those of a row that is done or beyond its limit mean nothing.
+        """Check a step's logits for nan and inf, except in rows that are done or beyond their limit.
 
-        On CPU a look is free, so the run ends here. Elsewhere it would make the host wait: the criterion ends the run
-        where the loop looks by itself, and `refuse_nonfinite` raises the error.
+        Raise here on CPU, where reading a tensor is free. Elsewhere set `unsound`: the criterion ends the run at the
+        loop's own sync, then `refuse_nonfinite` raises.
         """
         plan, state = self.plan, self.state
-        # nan and +inf show in the softmax. Processors may set -inf on purpose; a model's own logits are finite.
-        probe = draw.softmax_probs if self.edits else draw.softmax_probs + logits.amin(-1)
-        on_cpu = fast_path.on_cpu(probe)
-        if on_cpu and all(map(math.isfinite, probe.tolist())):
+        # The softmax turns nan and +inf into nan; `amin` also finds -inf, which edits may set on purpose.
+        check = draw.softmax_probs if self.edits else draw.softmax_probs + logits.amin(-1)
+        on_cpu = fast_path.on_cpu(check)
+        if on_cpu and all(map(math.isfinite, check.tolist())):
             return
-        means_nothing = state.done | (plan.ends <= column) if column >= self.first_end else state.done
-        probe = probe.masked_fill(means_nothing, 0.0)
+        ignored = state.done | (plan.ends <= column) if column >= self.first_end else state.done
+        check = check.masked_fill(ignored, 0.0)
         if on_cpu:
-            _refuse_nonfinite(plan, probe.tolist(), column, self.edits.names if self.edits else "", raw)
+            _refuse_nonfinite(plan, check.tolist(), column, self.edits.names if self.edits else "", raw)
         else:
-            state.probes.append(probe)
-            state.unsound = probe.sum().abs() >= torch.inf
+            state.finite_checks.append(check)
+            state.unsound = check.sum().abs() >= torch.inf
 
 
 class RowStoppingCriteria(StoppingCriteria):
-    """End a row when it *generates* EOS, meets a criterion of the caller's, or comes to its limit."""
+    """End a row when it *generates* EOS, meets a criterion of the caller's, or reaches its limit."""
 
     def __init__(self, plan: Plan, state: LoopState, others: CallersCriteria, events: Any = None) -> None:
         self.plan, self.state, self.others, self.events = plan, state, others, events
@@ -140,7 +140,7 @@ class RowStoppingCriteria(StoppingCriteria):
         ended = None
         if plan.eos_ids:
             ended = torch.isin(input_ids[:, -1], plan.eos)
-            if width <= plan.longest:  # some rows are still being forced
+            if width <= plan.longest:  # ignore an EOS that is part of the row's own prompt
                 ended &= plan.begins < width
         if self.others:
             counts = ~state.done & (plan.begins < width) & (width <= plan.ends)
@@ -160,17 +160,17 @@ class RowStoppingCriteria(StoppingCriteria):
 
 
 def _end_columns(plan: Plan) -> set[int]:
-    """The columns after the last one that each row's limit allows, as `plan.ends` has them."""
+    """Return `plan.ends` as a set of ints, without reading the device."""
     parts = zip(plan.offsets, plan.lengths, plan.limits, strict=True)
     return {offset + length + limit for offset, length, limit in parts}
 
 
 def row_stops(plan: Plan, state: LoopState, sequences: Tensor) -> list[int]:
-    """The column after the one where EOS or a criterion ended each row; NEVER if none did. sequences: (B, T)."""
+    """Find where EOS or a criterion ended each row: the column after it, or NEVER. sequences: (B, T)."""
     eos_ids, stops = set(plan.eos_ids), []
     for row, (text, by_criterion) in enumerate(zip(sequences.tolist(), state.criterion_stops.tolist(), strict=True)):
         begin = plan.offsets[row] + plan.lengths[row]
-        # After its limit a row that is done is fed with pad, which may be an EOS.
+        # Search up to the limit only: pads follow it, and the pad id may be an EOS id.
         end = min(len(text), begin + plan.limits[row]) if plan.limits_end_rows else len(text)
         by_eos = (column + 1 for column in range(begin, end) if text[column] in eos_ids)
         stops.append(min(next(by_eos, NEVER), by_criterion))
@@ -178,23 +178,24 @@ def row_stops(plan: Plan, state: LoopState, sequences: Tensor) -> list[int]:
 
 
 def row_spans(plan: Plan, stops: list[int], width: int) -> list[slice]:
-    """The columns of each row's text in a run of so many columns, its EOS included."""
+    """Compute the columns of each row's text, its EOS included, in a run of `width` columns."""
     ends = [min(end, stop, width) for end, stop in zip(plan.ends.tolist(), stops, strict=True)]
     return [slice(offset, end) for offset, end in zip(plan.offsets, ends, strict=True)]
 
 
 def refuse_nonfinite(plan: Plan, state: LoopState, steps: int, edits: str = "") -> None:
     """After a run off the CPU, raise if the logits of one of its steps held nan or inf."""
-    for step, probe in enumerate(torch.stack(state.probes).tolist()[:steps] if state.probes else []):
-        _refuse_nonfinite(plan, probe, plan.start + step, edits)
+    checks = torch.stack(state.finite_checks).tolist()[:steps] if state.finite_checks else []
+    for step, check in enumerate(checks):
+        _refuse_nonfinite(plan, check, plan.start + step, edits)
 
 
-def _refuse_nonfinite(plan: Plan, probe: list[float], column: int, edits: str, raw: Tensor | None = None) -> None:
-    """Name the first row whose probe of a column is not finite, and what edits logits if that may be the cause.
+def _refuse_nonfinite(plan: Plan, check: list[float], column: int, edits: str, raw: Tensor | None = None) -> None:
+    """Raise for the first row whose check of a column is not finite; name the edits of logits if they may be the cause.
 
-    raw: (B, V), the logits before they were edited, where they are at hand.
+    raw: (B, V), the logits before the edits, if known.
     """
-    for row, value in enumerate(probe):
+    for row, value in enumerate(check):
         if math.isfinite(value):
             continue
         sound = raw is None or bool(torch.isfinite(raw[row]).all())
@@ -204,7 +205,7 @@ def _refuse_nonfinite(plan: Plan, probe: list[float], column: int, edits: str, r
 
 
 class PromptScores(NamedTuple):
-    """The scores of a batch's prompts, in one of two forms; both are None where none were asked for."""
+    """Scores of a batch's prompts, by column or by row; both fields are None if no scores were asked for."""
 
     columns: TokenScores | None = None  # of columns 1 to start - 1, as the plan lays them out
     rows: list[RowScores] | None = None  # of each whole prompt
@@ -224,14 +225,14 @@ class Finished:
 def run_loop(
     model: Any, generate: Callable[..., Any], plan: Plan, call: Call, texts: ReadTexts | None = None
 ) -> Finished:
-    """Let transformers' loop run a plan, with the prompts' scores where the answer echoes them.
+    """Run a plan in transformers' loop; score the prompts too if the answer echoes them with scores.
 
     Args:
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
-        plan: what to do.
+        plan: the rows, their layout and their settings.
         call: the keywords that go to the loop and to the model.
-        texts: what earlier calls have read; what this run reads is added.
+        texts: prefilled texts of earlier calls; this run adds its own.
 
     Raises:
         ValueError: a cache or a chunk size in the call does not fit the prompts, or logits hold nan or inf.
@@ -284,7 +285,7 @@ def run_loop(
 
 
 def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
-    """A run with nothing to generate: prompts, and their scores where the answer echoes them."""
+    """Finish a run with nothing to generate; score the prompts if the answer echoes them with scores."""
     ids, _ = plan.layout()
     state = LoopState.before(plan)
     rows = _score_prompts(model, generate, plan, call) if plan.echo and plan.wants_scores else None
@@ -295,7 +296,7 @@ def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: C
 
 
 def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> list[RowScores]:
-    """The scores of whole prompts, in a run of their own."""
+    """Score whole prompts in a separate run without the caller's cache."""
     others = {name: value for name, value in call.to_model.items() if name != CACHE_NAME}
     return score_prompts(
         model, generate, plan.prompts, asked=plan.asked, chunk_bytes=plan.chunk_bytes, model_kwargs=others
@@ -303,9 +304,9 @@ def _score_prompts(model: Any, generate: Callable[..., Any], plan: Plan, call: C
 
 
 def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: Call, ids: Tensor) -> PromptScorer:
-    """A scorer of the prompts' columns, in chunks where their logits do not fit the budget."""
+    """Make a scorer of the prefilled columns, in chunks if their logits do not fit `chunk_bytes`."""
     asked = call.options
-    # A caller who keeps the attentions or the hidden states of all columns has them of one forward.
+    # Do not chunk if attentions or hidden states are returned: they must come from one forward.
     whole = asked.get("output_attentions") or asked.get("output_hidden_states")
     typed = bool(beside_tokens(call.to_model))
     chunk = None if whole else chunk_of(model, generate, ids, plan.chunk_bytes, whole=typed)
@@ -323,7 +324,7 @@ def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: C
 def _loop_arguments(
     model: Any, plan: Plan, call: Call, run: tuple[LoopState, Stream], scorer: PromptScorer | None
 ) -> dict[str, Any]:
-    """The keywords of transformers' `generate` that make it run this plan."""
+    """Build the keywords with which transformers' `generate` runs this plan."""
     state, stream = run
     config = loop_config(plan, call)
     if scorer is not None and scorer.chunk < scorer.columns:
@@ -338,7 +339,7 @@ def _loop_arguments(
 
 
 def _check_soft_prompts(model: Any, call: Call) -> None:
-    """Refuse options about the cache under soft prompts, which PEFT puts into an empty one of the usual kind."""
+    """Refuse cache options beside soft prompts: PEFT needs an empty cache of the default kind."""
     soft_prompts = soft_prompts_of(model)
     if soft_prompts is None:
         return
@@ -354,7 +355,7 @@ def _check_soft_prompts(model: Any, call: Call) -> None:
 
 
 def _check_cache(plan: Plan, call: Call) -> None:
-    """Refuse a cache in the call that does not fit: the whole text comes with it, at least one token of it new."""
+    """Refuse a cache that holds the whole prompt: at least one token must be left to forward."""
     cache = call.to_model.get(CACHE_NAME)
     if cache is None:
         return
@@ -369,7 +370,7 @@ def _check_cache(plan: Plan, call: Call) -> None:
 
 
 def _check_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> None:
-    """Refuse a cache or chunks that the call names where prompts read in parts are others than read at once."""
+    """Refuse a cache or a chunk size for a model whose logits change if a prompt is forwarded in parts."""
     probe, name = Probe(model, generate), type(model).__name__
     cache, chunk = call.to_model.get(CACHE_NAME), call.options.get("prefill_chunk_size")
     if cache is not None and not _takes_cache(probe, plan.start, _length_of(cache)):
@@ -385,7 +386,7 @@ def _check_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Cal
 
 
 def _takes_cache(probe: Probe, width: int, held: int) -> bool:
-    """Whether prompts of `width` tokens may go on from a cache of the first `held`."""
+    """Whether prompts of `width` tokens may continue from a cache of their first `held` tokens."""
     if not held:
         return True
     takes = probe.goes_on_from_a_cache(width) if width - held == 1 else probe.reads_in_pieces(width)
@@ -393,7 +394,7 @@ def _takes_cache(probe: Probe, width: int, held: int) -> bool:
 
 
 def _length_of(cache: Any) -> int:
-    """How many tokens a caller's cache holds."""
+    """Return the number of tokens in a caller's cache."""
     try:
         return int(cache.get_seq_length())
     except ValueError as error:  # states alone
@@ -404,7 +405,7 @@ def _length_of(cache: Any) -> int:
 
 
 def _check_inputs(plan: Plan, call: Call) -> None:
-    """Refuse what stands beside the ids, such as images, where the batch is laid out otherwise than it was made for."""
+    """Refuse images and token types with chunks, copies or a ragged reference batch: they would not match."""
     typed = beside_tokens(call.to_model)
     if typed and call.options.get("prefill_chunk_size"):
         raise ValueError(
@@ -427,7 +428,7 @@ def _check_inputs(plan: Plan, call: Call) -> None:
 
 
 def stream_prompts(ids: Tensor, call: Call) -> None:
-    """Give a streamer the prompts (B, T) of a call that generates nothing."""
+    """Put the prompts (B, T) of a call that generates nothing into its streamer, and end it."""
     streamer = call.to_loop.get("streamer")
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -435,13 +436,13 @@ def stream_prompts(ids: Tensor, call: Call) -> None:
 
 
 def loop_config(plan: Plan, call: Call) -> GenerationConfig:
-    """The config of transformers' loop: greedy, so many steps, no EOS (it would fire on one in a forced prompt)."""
+    """Make the loop's config: greedy, `plan.steps` tokens, no EOS (it would fire on an EOS in a forced prompt)."""
     options = {name: value for name, value in call.options.items() if name in FOR_THE_LOOP and value is not None}
     return GenerationConfig(do_sample=False, max_new_tokens=plan.steps, return_dict_in_generate=True, **options)
 
 
 def random_stream(plan: Plan) -> Stream:
-    """The random numbers of a run: one stream per row with seeds, else Meta's, looked ahead where rows run ahead."""
+    """Choose the random stream: `PromptStreams` with seeds, `LookAhead` if padded, else `MetaStream`."""
     sampling = plan.sampling
     if sampling.seeds is not None:
         assert not isinstance(sampling.seeds, int), "a plan has one seed per row"
@@ -450,10 +451,10 @@ def random_stream(plan: Plan) -> Stream:
 
 
 def leave_generator(plan: Plan, stops: list[int], *, by_criterion: bool, stream: Stream) -> None:
-    """After a padded run on Meta's stream, leave the generator as the reference's own schedule would.
+    """After a padded run on Meta's stream, advance the generator as far as the reference schedule would.
 
-    The reference stops when every row has generated EOS, else at the total length. A row that ends at its limit might
-    have met an EOS beyond it there; that cannot be known here.
+    The reference stops when every row has generated EOS, else at the total length. It draws beyond a row's limit, and
+    might draw an EOS there; this run cannot know, and assumes the total length.
     """
     if not isinstance(stream, LookAhead) or plan.sampling.temperature == 0 or by_criterion:
         return

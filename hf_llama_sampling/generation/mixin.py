@@ -1,6 +1,7 @@
-"""`model.generate()` and `score_tokens()` with LLAMA2's semantics, on transformers' public API alone.
+"""`model.generate()` and `score_tokens()` with LLAMA2's semantics, on transformers' public API.
 
-What this module does not do: it never sees text, and it runs no loop of its own (see `loop`).
+Only continuous batching needs more than the public API (see `request_manager`). What this module does not do: it runs
+no loop of its own (see `loop`), and it takes text only for stop strings, stream events and token texts.
 """
 
 import copy

@@ -35,19 +35,19 @@ _PER_ROW = ("prompts", "row_ids", "copies", "gen_lens", "limits", "named")  # th
 
 
 class Probes(Protocol):
-    """What a model's forward can take; see `probe`."""
+    """Tells what a model's forward can take; see `probe`."""
 
     def takes_padding(self) -> bool:
-        """Whether a row stays what it is alone behind masked padding."""
+        """Whether masked padding before a row leaves its logits unchanged."""
 
     def keeps_rows_apart(self) -> bool:
-        """Whether a row stays what it is alone in a batch of one length."""
+        """Whether the other rows of a batch of one length leave a row's logits unchanged."""
 
     def scores_prompts(self) -> bool:
-        """Whether a column's logits are what the loop gets for the text up to it."""
+        """Whether the logits at t depend on tokens 0..t alone (causal)."""
 
     def reads_by_steps(self, width: int) -> bool:
-        """Whether a text of `width` tokens may be read token by token with the same result."""
+        """Whether a text of `width` tokens may be forwarded token by token with the same logits."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +73,32 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What one call does. A row is a prompt, or one of the copies that `num_return_sequences` makes of it.
+    """Describes one call. A row is a prompt, or one of the copies that `num_return_sequences` makes of it.
 
-    A column is a place in the tensor that transformers' loop fills, so row `r` holds its token `t` in column
-    `offsets[r] + t`.
+    A column is an index into the loop's tensor of ids (B, T): row `r` holds its token `t` in column `offsets[r] + t`.
     """
 
     prompts: list[list[int]]  # token ids of each row
-    row_ids: list[int]  # which row of the whole call each row is
+    row_ids: list[int]  # each row's index in the whole call
     copies: list[int]  # which copy of its prompt a row is, from 0
     num_return_sequences: int  # copies of each prompt
     gen_lens: list[int]  # most new tokens of each row, as asked
     limits: list[int]  # the same, cut to what `max_seq_len` leaves
     max_seq_len: int | None  # most tokens of a row, prompt included; None: no limit
     schedule: Layout  # "reference" or "padded"
-    apart: Apart  # rows that must run apart: none, rows of each prompt length, or every row
+    apart: Apart  # how to split the batch into runs: not at all, by prompt length, or by row
     sampling: SamplingSettings  # temperature, top_p, seeds (one per row) and generator
     eos_ids: tuple[int, ...]  # ids that end a row when generated
     pad_id: int  # fills the answer's `sequences`
-    fill_id: int  # what the model is fed for rows that are done; unlike `pad_id` it can always be embedded
+    fill_id: int  # fed to the model for rows that are done; unlike `pad_id` it can always be embedded
     echo: bool  # whether the answer starts with the prompt
     logprobs: bool  # whether to return raw logprobs
     top_logprobs: int  # best tokens per position
     named: list[list[int]]  # for each row the ids whose logprobs and ranks are to be returned
-    sampling_logprobs: bool  # whether to return what each token was drawn with
+    sampling_logprobs: bool  # whether to return the logprobs that each token was drawn with
     compat: Compat  # "meta" keeps the reference's quirks
     chunk_bytes: int  # memory for the logits of one chunk of prompt
-    share_prefix: bool | None  # whether rows share the prefill of what they have in common; None: where it pays
+    share_prefix: bool | None  # whether to prefill common prefixes and equal rows once; None: if it saves enough
     vocab_size: int  # ids that the model can embed
     device: torch.device  # of token ids
     broadcast_tokens: Callable[[Tensor], Tensor] | None  # makes the ranks of a parallel model take the same tokens (B,)
@@ -136,28 +135,28 @@ class Plan:
 
     @cached_property
     def asked(self) -> Asked:
-        """What is asked for at each position, beside the logprob of its token."""
+        """Scores to return at each position, beside the logprob of its token."""
         return Asked(self.top_logprobs, self.named, self.device)
 
     @property
     def scores_unshifted(self) -> bool:
-        """Whether the answer is the reference's quirk: prompts of one length, nothing to generate, scores unshifted."""
+        """Whether to keep the reference's quirk: unshifted scores of equally long prompts with nothing to generate."""
         nothing_to_generate = self.shortest == self.total_len
         return self.compat == "meta" and self.echo and self.wants_scores and nothing_to_generate
 
     @cached_property
     def total_len(self) -> int:
-        """Most tokens that any row may end with."""
+        """Most tokens of any row, prompt included."""
         return max(length + limit for length, limit in zip(self.lengths, self.limits, strict=True))
 
     @cached_property
     def start(self) -> int:
-        """The first column that the loop makes; those before it are prefilled."""
+        """First column that the loop fills; columns before it are prefilled."""
         return self.longest if self.padded else self.shortest
 
     @cached_property
     def steps(self) -> int:
-        """Columns that the loop makes at most."""
+        """Most columns that the loop fills."""
         return max(self.limits) if self.padded else self.total_len - self.shortest
 
     @cached_property
@@ -183,14 +182,15 @@ class Plan:
 
     @property
     def limits_end_rows(self) -> bool:
-        """Whether a row is done at its limit.
+        """Whether a row stops at its limit.
 
-        On Meta's stream the reference draws on for such a row until its EOS, and the reference schedule does so too.
+        False on Meta's stream in the reference schedule, which must consume as many random numbers as the reference:
+        it draws for a row until its EOS, even beyond the row's limit.
         """
         return self.padded or _draws_by_row(self.sampling)
 
     def parts(self) -> list["Plan"]:
-        """The plans to run one after the other: this one, or one for each of its rows or its prompts' lengths."""
+        """Split into plans by row or by prompt length, if `apart` says so."""
         if self.apart == "none" or len(self.prompts) == 1 or (self.apart == "lengths" and not self.ragged):
             return [self]
         parts: dict[int, list[int]] = {}
@@ -199,7 +199,7 @@ class Plan:
         return [self._of_rows(rows) for rows in parts.values()]
 
     def _of_rows(self, rows: list[int]) -> "Plan":
-        """The plan of some of its rows."""
+        """Select some rows."""
 
         def some(values: Any) -> Any:
             return [values[row] for row in rows] if isinstance(values, Sequence) else values
@@ -210,7 +210,7 @@ class Plan:
         return replace(self, sampling=sampling, **lists)
 
     def layout(self) -> tuple[Tensor, Tensor]:
-        """The prompts as far as they are prefilled, and their mask: (B, start) each."""
+        """Lay out the columns to prefill: ids and mask, (B, start) each."""
         if self.padded:
             ids, mask = left_padded(self.prompts)
         else:
@@ -219,7 +219,7 @@ class Plan:
         return ids.to(self.device), mask.to(self.device)
 
     def forced(self) -> Tensor | None:
-        """(B, longest): the prompts, with -1 beyond each one's end; None where the loop forces no token."""
+        """(B, longest): the prompts, -1 after each one's end; None if the loop forces no token."""
         if self.padded or not self.ragged:
             return None
         rows = [prompt + [-1] * (self.longest - len(prompt)) for prompt in self.prompts]
@@ -227,14 +227,14 @@ class Plan:
 
 
 def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request, probes: Probes) -> Plan:
-    """Check a call against its model and decide everything that is decided before the loop.
+    """Check a call against its model, and settle all that the loop needs to know.
 
     Args:
         model: a decoder-only causal language model.
         prompts: lists of ids.
         call: the sorted keywords.
         request: the arguments that `generate` spells out.
-        probes: what the model's forward can take, tried out when it is asked.
+        probes: tell what the model's forward can take; each is tried out when first asked.
 
     Raises:
         ValueError, TypeError: a bad value, named with its rule, its row and the way out.
@@ -299,7 +299,7 @@ def _schedule_of_one_run(
     request: Request,
     probes: Probes,
 ) -> Layout:
-    """The schedule of rows that run together."""
+    """Choose the schedule of rows that run together."""
     return choose_schedule(
         request.schedule,
         [len(prompt) for prompt in prompts],
@@ -311,14 +311,14 @@ def _schedule_of_one_run(
 
 
 def _share_prefix(request: Request) -> bool | None:
-    """Whether to share, as asked. The reference's own schedule asked for by name is its bit for bit, without."""
+    """Read `share_prefix`. Do not share by default under schedule="reference", which promises bit-for-bit equality."""
     if request.share_prefix is not None:
         return check_bool("share_prefix", request.share_prefix, "leave it out to share where it pays")
     return False if request.schedule == "reference" else None
 
 
 def positions_depend_on_length(model: Any, prompts: list[list[int]], limits: list[int]) -> bool:
-    """Whether some row gets so long that the rotary factors of all rows beside it change."""
+    """Whether some row may grow so long that the rotary factors of the whole batch change."""
     limit = length_limit(model)
     longest = max(len(prompt) + most for prompt, most in zip(prompts, limits, strict=True))
     return limit is not None and longest > limit
@@ -327,10 +327,10 @@ def positions_depend_on_length(model: Any, prompts: list[list[int]], limits: lis
 def _rows_apart(
     model: Any, prompts: list[list[int]], limits: list[int], sampling: SamplingSettings, probes: Probes
 ) -> Apart:
-    """Which rows must not see each other.
+    """Choose which rows must run apart, since they would change each other's logits.
 
-    On Meta's stream the reference runs a batch as one, and its draws belong to the batch. So where the longest row
-    changes others, that is what it is; where rows are mixed up, nothing is right.
+    On Meta's stream a batch cannot be split, since its draws belong to the batch. So accept there that the longest row
+    changes the others (as in the reference), but refuse models that mix rows.
     """
     own_stream = _draws_by_row(sampling)
     if len(prompts) > 1 and not probes.keeps_rows_apart():
@@ -343,27 +343,27 @@ def _rows_apart(
     ragged = len(set(map(len, prompts))) > 1
     if not (own_stream and ragged):
         return "none"
-    # Where a token sees what follows it, a prompt that is read in parts is another one.
+    # If attention is not causal, forwarding a prompt in parts changes its logits.
     longest_matters = positions_depend_on_length(model, prompts, limits) or not probes.scores_prompts()
     return "lengths" if longest_matters else "none"
 
 
 def _apart_for_steps(schedule: Layout, prompts: list[list[int]], sampling: SamplingSettings, probes: Probes) -> Apart:
-    """Which rows must run apart since the reference schedule reads longer prompts token by token, and not at once."""
+    """Split by prompt length if the reference schedule would force tokens that the model cannot take one by one."""
     lengths = [len(prompt) for prompt in prompts]
     forced = schedule == "reference" and min(lengths) < max(lengths)
     return "lengths" if forced and _draws_by_row(sampling) and not probes.reads_by_steps(max(lengths)) else "none"
 
 
 def _draws_by_row(sampling: SamplingSettings) -> bool:
-    """Whether a row's draws are its own, and not the batch's as on Meta's stream."""
+    """Whether a row's draws are independent of its batch: by seeds or greedy, not on Meta's stream."""
     return sampling.seeds is not None or sampling.temperature == 0
 
 
 def _sampling_settings(
     request: Request, call: Call, prompts: int, copies: int, device: torch.device
 ) -> SamplingSettings:
-    """The settings of the draws, one value for all rows or one per row, and one seed per row."""
+    """Read temperature and top_p (one for all rows or one per row), seeds (one per row) and the generator."""
     given = SamplingSettings(
         choose_temperature(request.temperature, call),
         choose_top_p(request.top_p, call),
@@ -377,7 +377,7 @@ def _sampling_settings(
 def _lengths(
     model: Any, prompts: list[list[int]], call: Call, request: Request
 ) -> tuple[int | None, list[int], list[int]]:
-    """`max_seq_len`, and per prompt the most new tokens as asked and as `max_seq_len` leaves them."""
+    """Read the limits: `max_seq_len`, and per prompt the most new tokens, as asked and as `max_seq_len` leaves them."""
     by_length, by_gen_len = request.max_seq_len, request.max_gen_len
     total = resolve_alias("max_seq_len", by_length, "max_length", call.option("max_length", beside=by_length))
     max_seq_len = check_max_seq_len(model, total)

@@ -113,8 +113,8 @@ class PromptCache:
     def __reduce__(self) -> Any:
         return PromptCache, (self.max_bytes,)  # a copy starts empty
 
-    def of_call(self, model: Any) -> list[ReadText]:
-        """The texts that the last call of this model, as it is now, has read. They are given away."""
+    def take_out(self, model: Any) -> list[ReadText]:
+        """Empty the cache; return its texts if this model, with its present weights, has read them, else none."""
         kept, self._kept = self._kept, None
         return list(kept.texts) if kept is not None and kept.made_by(model) else []
 

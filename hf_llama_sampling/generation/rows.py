@@ -73,10 +73,10 @@ def _run(
     if prompt_cache is None or not any(part.steps for part in parts):
         return [run_loop(model, generate, part, call) for part in parts]
     texts = [ReadTexts() for _ in parts]
-    earlier = prompt_cache.of_call(model)
+    earlier = prompt_cache.take_out(model)
     for one in texts:
         one.earlier = list(earlier)
-    del earlier  # a run lets go of it before it needs memory
+    del earlier  # so that a run can free these texts before it needs memory
     runs = [run_loop(model, generate, part, call, one) for part, one in zip(parts, texts, strict=True)]
     prompt_cache.keep(model, [text for one in texts for text in one.read])
     return runs

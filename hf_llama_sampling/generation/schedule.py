@@ -1,4 +1,4 @@
-"""Choosing how a batch is laid out in columns.
+"""Choose how a batch is laid out in columns.
 
 *reference* is the reference's schedule: all rows start at column 0, the loop starts at the shortest prompt's end, and
 longer prompts are forced token by token. *padded* puts all prompts' ends into one column by left padding::
@@ -25,20 +25,21 @@ def choose_schedule(
     takes_padding: Callable[[], bool],
     timed: bool,
 ) -> Layout:
-    """Choose padded for a ragged batch that fits the model's context that way, reference otherwise.
+    """Choose the layout. "auto" takes padded for a ragged batch if it fits the context and the model ignores padding.
 
-    Beyond the context, a padded batch would put rows that wait for others at positions that the model does not have.
+    A padded batch is as wide as the longest prompt plus the largest limit, since rows that are done are fed pads until
+    the last row ends; beyond its context the model may have no such positions.
 
     Args:
         asked: the schedule that the call asks for.
-        lengths: of the prompts, in tokens.
+        lengths: tokens of each prompt.
         limits: most new tokens of each row.
         context: the longest text the model was made for, or None if unknown.
-        takes_padding: answers whether a row stays what it is alone when masked padding stands before it.
-        timed: whether the run ends after a time, which might be before all prompts are read.
+        takes_padding: tells whether masked padding before a row leaves its logits unchanged.
+        timed: whether `max_time` may end the run before all prompts are forwarded.
 
     Raises:
-        ValueError: the schedule asked for cannot be had with these prompts.
+        ValueError: the schedule does not suit these prompts, the model or `max_time`.
     """
     width = max(lengths) + max(limits)
     fits = context is None or width <= context

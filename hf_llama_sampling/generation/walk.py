@@ -1,8 +1,8 @@
-"""Scores of many texts by a walk over their tree: each edge is forwarded once, caches are handed down.
+"""Score many texts by a walk over their prefix tree: forward each edge once, pass its cache to the edges below.
 
-The walk goes depth first. Siblings of similar length are forwarded in one batch, right-padded, each with its parent's
-cache; their own caches are kept as long as texts below need them. What this module does not do: it samples nothing, and
-does not check what callers give.
+The walk is depth first. Siblings of similar length are forwarded in one batch, right-padded, each with its parent's
+cache; their own caches are kept while texts below need them. What this module does not do: it samples nothing, and does
+not check its arguments.
 """
 
 import inspect
@@ -27,19 +27,19 @@ from .releases import CACHE_NAME, cache_in
 from .scoring import columns_per_chunk, needs_one_chunk, nonfinite_rows, ranks, rows_per_piece, too_few_logits
 
 CACHE_BYTES = 1 << 30  # for the caches that a walk holds
-_FORWARD_TOKENS = 1024  # most tokens of one forward: enough for all its weights to be used well
-# What one more forward costs, in tokens: it reads all weights. A shared run that saves fewer is not worth it.
+_FORWARD_TOKENS = 1024  # most tokens of one forward: enough to use the weights well
+# Cost of one more forward, in tokens, since it reads all weights: share a prefix only if that saves more.
 _FORWARD_COST = {"cpu": 32}
 _FORWARD_COST_ELSEWHERE = 256
 
 
 def forward_cost(device: torch.device) -> int:
-    """What one more forward costs, in tokens."""
+    """Return the cost of one more forward, in tokens."""
     return _FORWARD_COST.get(device.type, _FORWARD_COST_ELSEWHERE)
 
 
 class CacheFacts(NamedTuple):
-    """How a model's cache of a prefix may be shared."""
+    """Column size and sliding window of a model's cache that texts may share."""
 
     column_bytes: int  # of one column of one row
     window: int | None  # the shortest sliding window
@@ -62,23 +62,23 @@ def score_texts(
     cache_bytes: int,
     apart: bool = False,
 ) -> None:
-    """Compute what the texts' methods then answer: logprobs, best tokens, whether a token is the greedy one.
+    """Score the texts; read the results by `Text.logprobs()`, `top()`, `named_logprobs()` and `is_greedy()`.
 
     Args:
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
-        texts: what to score.
+        texts: the texts to score.
         rows: the row of each text in the caller's list, for errors.
-        top: how many best tokens to note at each position that is read.
-        greedy: whether to note the most probable token at each.
-        chunk_bytes: memory for the logits of one forward, and what is made of them.
-        cache_bytes: memory for the caches that are held.
-        apart: whether texts that are read at other columns are forwarded apart. A forward gives the logits of the same
-            columns for all its rows, so else some are computed that nobody reads, for fewer forwards.
+        top: how many best tokens to record at each scored position.
+        greedy: whether to record the most probable token at each.
+        chunk_bytes: memory for the logits of one forward and the tensors computed from them.
+        cache_bytes: memory for the caches.
+        apart: whether to batch only texts with equal scored columns. A forward computes the union of its rows' columns,
+            so False saves forwards and wastes logits.
 
     Raises:
-        ValueError: a logit that is read is nan or inf, or a text needs several chunks and the model's cache has more
-            than keys and values.
+        ValueError: a scored position has a logit that is nan or inf, or a text needs several chunks and the model
+            cannot be forwarded in chunks.
     """
     longest = max((len(text.tokens) for text in texts), default=1) - 1
     limit = length_limit(model)
@@ -103,19 +103,19 @@ def score_texts(
 
 
 class _NonFinite(Exception):
-    """A logit that is read is nan or inf."""
+    """Raised if a scored position has a logit that is nan or inf."""
 
     def __init__(self, edge: Edge, index: int) -> None:
         self.edge, self.index = edge, index
 
 
 class _ColumnReader:
-    """Stands between the loop and the model's forward: asks for the logits of some columns, and keeps them.
+    """An observer of the forward that asks for the logits of some columns, and keeps them.
 
     Args:
-        name: of the model, for errors.
-        columns: (C,) columns of this forward; if there are none, the last one's logits are asked for, and not kept.
-        width: columns of this forward.
+        name: the model's, for errors.
+        columns: (C,) which of the forward's columns; if C is 0, no logits are kept.
+        width: number of columns in the forward.
     """
 
     def __init__(self, name: str, columns: Tensor, width: int) -> None:
@@ -123,10 +123,10 @@ class _ColumnReader:
         self.logits: Tensor | None = None  # (B, C, V), on the last device of a model that is spread over several
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Forward; the loop gets the last logits, which nobody reads."""
+        """Forward, keep the columns' logits, and return the last ones to the loop."""
         count = len(self.columns)
         if count and "logits_to_keep" in kwargs:
-            # Counted from the end: soft prompts stand before a text's own columns.
+            # Count from the end, since soft prompts precede a text's own columns.
             kwargs["logits_to_keep"] = self.columns - self.width if count < self.width else 0
         output = forward(*args, **kwargs)
         logits = output.logits
@@ -142,14 +142,14 @@ class _ColumnReader:
 def forward_columns(
     model: Any, generate: Callable[..., Any], ids: Tensor, cache: Any, columns: Tensor, *, use_cache: bool
 ) -> tuple[Tensor | None, Any]:
-    """Let transformers' loop prefill `ids` for one token that nobody reads.
+    """Prefill `ids`, and discard the one token that transformers' `generate` must make.
 
     Args:
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
-        ids: (B, T), what the cache holds included.
-        cache: of the first columns, or None.
-        columns: (C,) the new columns whose logits are read, counted from the first new one.
+        ids: (B, T), the cached columns included.
+        cache: the first columns' cache, or None.
+        columns: (C,) columns whose logits to return, counted from the first one after the cache.
         use_cache: whether to return the cache.
 
     Returns:
@@ -165,7 +165,7 @@ def forward_columns(
 
 
 def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:
-    """How a model's cache of a prefix may be shared, found out once; None if it may not."""
+    """Find out, once per model and dtype, the facts of its cache; None if texts may not share it."""
     if not Probe(model, generate).reads_in_chunks(1):
         return None
     known = _FACTS.setdefault(model, {})
@@ -177,26 +177,26 @@ def cache_facts(model: Any, generate: Callable[..., Any]) -> CacheFacts | None:
 
 
 @dataclass(eq=False)
-class _Store:
-    """The cache of a batch, whose rows several frames hold."""
+class _CacheSize:
+    """Counts the frames that share a batch's cache, to release its bytes with the last one."""
 
     size: int  # bytes
-    users: int
+    frames: int
 
 
 @dataclass(eq=False)
 class _Frame:
-    """An edge whose cache is held, and the batches of steps below it that are still to be forwarded."""
+    """An edge with its cache, and the batches of steps below it that are not forwarded yet."""
 
     edge: Edge
-    before: Ids  # the tokens up to its end
-    cache: Any = None  # of them, 1 row; None at the root
-    store: _Store | None = None
+    before: Ids  # the tokens up to the edge's end
+    cache: Any = None  # of these tokens, 1 row; None at the root
+    cache_size: _CacheSize | None = None  # shared with the other rows of the batch
     batches: list[list[Step]] | None = None
 
 
 class _Walk:
-    """One walk: a stack of frames, and what their caches take."""
+    """One walk: a stack of frames, and the bytes of their caches."""
 
     def __init__(
         self,
@@ -233,54 +233,54 @@ class _Walk:
                 stack.pop()
                 continue
             steps = frame.batches.pop()
-            cache, store = frame.cache, frame.store
+            cache, cache_size = frame.cache, frame.cache_size
             if not frame.batches:
                 stack.pop()
                 frame.cache = None
             cache = None if cache is None else repeat_rows(cache, len(steps))
             cache = self.forward(frame.before, steps, cache)
             if not frame.batches:
-                self.release(store)
+                self.release(cache_size)
             if not steps[0].is_leaf:
                 stack += self.frames(frame.before, steps, cache)
             del cache
 
     def frames(self, before: Ids, steps: list[Step], cache: Any) -> list[_Frame]:
-        """A frame for each row of a batch; the heaviest is walked last."""
+        """Make a frame for each row of a batch, the heaviest first: the stack walks it last."""
         width = max(len(step.tokens) for step in steps)
-        store = _Store(len(steps) * self.bytes_of(steps[0].start + width), len(steps))
-        self.held += store.size
+        cache_size = _CacheSize(len(steps) * self.bytes_of(steps[0].start + width), len(steps))
+        self.held += cache_size.size
         rows = sorted(range(len(steps)), key=lambda row: -steps[row].last.weight)
         return [
             _Frame(
                 steps[row].last,
                 np.concatenate([before, steps[row].tokens]),
                 drop_last(take_row(cache, row), width - len(steps[row].tokens)),
-                store,
+                cache_size,
             )
             for row in rows
         ]
 
-    def release(self, store: _Store | None) -> None:
-        """Count a frame's cache as given back, with the last frame that shares its store."""
-        if store is not None:
-            store.users -= 1
-            if not store.users:
-                self.held -= store.size
+    def release(self, cache_size: _CacheSize | None) -> None:
+        """Release a frame's share of a cache; the last frame that shares it frees its bytes."""
+        if cache_size is not None:
+            cache_size.frames -= 1
+            if not cache_size.frames:
+                self.held -= cache_size.size
 
     def bytes_of(self, columns: int) -> int:
-        """Of a row's cache of so many columns."""
+        """Compute the bytes of one row's cache of `columns` columns."""
         return columns * (self.facts.column_bytes if self.facts else 0)
 
     def keeps(self, step: Step) -> bool:
-        """Whether a step's cache is kept for the texts below it: if that saves more than it costs, and fits."""
+        """Whether to keep a step's cache for the texts below it: if that saves more than a forward, and fits."""
         if self.by_length or len(step.tokens) * (len(step.last.children) - 1) < self.least:
             return False
         self.facts = cache_facts(self.model, self.generate)
         return self.facts is not None and self.held + self.bytes_of(step.end + step.last.longest) <= self.cache_bytes
 
     def batches(self, frame: _Frame) -> list[list[Step]]:
-        """The steps below a frame in batches, to be taken from the end: leaves first, the heaviest step last."""
+        """Batch the steps below a frame. `run` pops from the end: leaves come first, the heaviest step last."""
         steps = steps_below(frame.edge, self.keeps)
         room = self.cache_bytes - self.held
         inner = self.pack([step for step in steps if not step.is_leaf], room // 2, cropped=True)
@@ -288,9 +288,9 @@ class _Walk:
         return inner + self.pack([step for step in steps if step.is_leaf], room, cropped=False)
 
     def pack(self, steps: list[Step], room: int, *, cropped: bool) -> list[list[Step]]:
-        """Steps of similar length together, as many as fit the budgets, one at least.
+        """Batch steps of similar length, as many as fit the budgets, at least one.
 
-        `cropped`: their caches will be cut to each one's length, which a sliding window that is full does not allow.
+        `cropped`: whether caches are cut to each step's length afterwards; not possible once a sliding window is full.
         """
         window = (self.facts.window if self.facts else None) or sys.maxsize
         packed: list[list[Step]] = []
@@ -298,7 +298,7 @@ class _Walk:
         for step in sorted(steps, key=lambda step: -len(step.tokens)):
             batch = packed[-1] if packed else []
             rows, width = len(batch) + 1, len(read)
-            # A forward without a cache before or after it takes none of the room.
+            # A forward that neither takes nor leaves a cache needs no cache memory.
             needs_cache = cropped or step.start > 0
             equal = self.by_length or (cropped and step.start + width >= window)
             columns = step.columns()
@@ -322,11 +322,11 @@ class _Walk:
         return packed
 
     def forward(self, before: Ids, steps: list[Step], cache: Any) -> Any:
-        """Forward a batch of steps after the cache of what is before them; the cache of all of it, if it is needed."""
+        """Forward a batch of steps from the cache of the tokens before them; return the longer cache, if needed."""
         if self.rotary_grows:
             forget_longer_texts(self.model)
         width = max(len(step.tokens) for step in steps)
-        ids = np.zeros((len(steps), len(before) + width), np.int64)  # a pad stands behind all that is read
+        ids = np.zeros((len(steps), len(before) + width), np.int64)  # right-padded: no scored token sees a pad
         read = np.zeros((len(steps), width), bool)
         ids[:, : len(before)] = before
         for row, step in enumerate(steps):
@@ -355,11 +355,11 @@ class _Walk:
     def reduce(
         self, steps: list[Step], logits: Tensor, read: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
     ) -> None:
-        """Note in the edges what is read of the logits (B, C, V) at these columns."""
-        rows, at = read[:, columns].nonzero()  # (P,) each: the places that are read
+        """Store the scores from logits (B, C, V) of these columns in the edges."""
+        rows, at = read[:, columns].nonzero()  # (P,) each: the scored places
         place = np.full(read.shape, -1)
         place[rows, columns[at]] = np.arange(len(rows))
-        # Targets are each edge's own next tokens, then those at which texts part from it.
+        # Targets: first the next token on each edge, then the tokens at which texts branch off it.
         targets = np.zeros(len(rows), np.int64)
         parting: list[tuple[int, Edge, tuple[int, int]]] = []
         for row, step in enumerate(steps):
@@ -399,7 +399,7 @@ class _Walk:
             edge.at_branch[key] = float(value - norms[where])
 
     def named_ids(self, steps: list[Step], place: npt.NDArray[np.intp], places: int) -> npt.NDArray[np.int64]:
-        """(P, n): the ids that are named at each place that is read, with 0 after the shorter lists."""
+        """(P, n): the ids to score at each place, shorter lists padded with 0."""
         count = max(len(edge.ids) for step in steps for edge, _ in step.edges)
         ids = np.zeros((places, count), np.int64)
         for row, step in enumerate(steps):
@@ -411,9 +411,19 @@ class _Walk:
     def summarize(
         self, flat: Tensor, source: Tensor, wanted: npt.NDArray[np.int64], named: npt.NDArray[np.int64]
     ) -> tuple[Any, ...]:
-        """Of the rows `source` (P,) of logits (N, V): the logits of the `wanted` pairs of place and token (Q, 2), the
-        logs of the normalizers (P,), the best tokens (P,), the `top` best with logprobs (P, k), the logprobs and ranks
-        of the `named` ids (P, n), whether one is nan or inf (P,). All as NumPy arrays, float32."""
+        """Reduce the logits of P places to their scores, piece by piece.
+
+        Args:
+            flat: (N, V) logits.
+            source: (P,) each place's row in `flat`.
+            wanted: (Q, 2) pairs of place and token.
+            named: (P, n) ids to score at each place.
+
+        Returns:
+            NumPy arrays: the wanted pairs' logits (Q,), the log normalizers (P,), the greedy tokens (P,), the `top`
+            best ids (P, k) and their logprobs (P, k), the named ids' logprobs (P, n) and ranks (P, n), and whether a
+            place has a logit that is nan or inf (P,).
+        """
         pairs = torch.as_tensor(wanted, device=flat.device)
         chosen = flat[source[pairs[:, 0]], pairs[:, 1]].float()
         norms, best, top_ids, top_logprobs, of_named, ranked, bad = [], [], [], [], [], [], []
@@ -434,7 +444,7 @@ class _Walk:
         return tuple(part.cpu().numpy() for part in found)
 
     def chunks(self, read: npt.NDArray[np.bool_]) -> list[int]:
-        """The columns at which a batch is cut, so that each part's tokens and logits fit."""
+        """Compute the columns at which chunks end, so that each chunk's tokens and logits fit."""
         rows, width = read.shape
         columns = np.asarray(read.any(0)) if self.skips_logits else np.ones(width, bool)
         ends, start = [], 0

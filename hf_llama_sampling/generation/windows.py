@@ -1,15 +1,15 @@
-"""`score_tokens`: which tokens of a text are scored, and in which window where a text is longer than the limit.
+"""`score_tokens`: choose the tokens to score, and slide a window over texts that are longer than the limit.
 
-A window of `size` tokens moves by `stride`. Each token is scored once, in the first window that reaches it, so it sees
-at least `size - stride` tokens before it, if there are so many. Size 4, stride 2, eight tokens::
+A window of `size` tokens moves by `stride`. Each token is scored once, in the first window that reaches it, so it has
+at least `size - stride` tokens of context, if the text has as many. Size 4, stride 2, eight tokens::
 
     a b c d          scores b c d
         c d e f      scores e f
             e f g h  scores g h
 
 This is the convention of transformers' documentation ("Perplexity of fixed-length models") for a stride below the size.
-lm-evaluation-harness' rolling windows are those of a size one above its `max_length` and a stride of `max_length`, but
-for the last one, which reaches back until it is full.
+lm-evaluation-harness' rolling windows equal these with a size of its `max_length` plus one and a stride of
+`max_length`, except the last one, which begins earlier so that it is full.
 What this module does not do: it runs no model (see `walk`).
 """
 
@@ -30,7 +30,7 @@ from .walk import score_texts
 
 
 class Window(NamedTuple):
-    """A part of a text, and the first of its tokens that is scored in it; positions in the text."""
+    """A window `begin..end` of a text that scores tokens `first..end - 1`; all are positions in the text."""
 
     begin: int
     end: int
@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 def windows(length: int, size: int | None, stride: int | None, start: int = 1) -> Iterator[Window]:
-    """The windows that score the tokens of a text from position `start` (at least 1) on, each of them once.
+    """Yield the windows that score each token of a text once, from position `start` (at least 1) on.
 
     >>> list(windows(8, 4, 2))
     [Window(begin=0, end=4, first=1), Window(begin=2, end=6, first=4), Window(begin=4, end=8, first=6)]
@@ -66,7 +66,7 @@ def tokens_scored(
     chunk_bytes: int,
     cache_bytes: int,
 ) -> LlamaScoreOutput:
-    """The work of `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids, `named` the ids asked for in each."""
+    """Implement `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids, `named` the ids to score in each."""
     starts = _check_starts(start, rows)
     size = check_max_seq_len(model, max_seq_len)
     stride = _check_stride(stride, size)
@@ -102,16 +102,15 @@ def tokens_scored(
 
 
 def _cut(text: list[int], found: Iterator[Window], given: int, named: list[int]) -> list[Text]:
-    """The texts that a text's windows are; the first `given` of its tokens are no tokens of the caller's."""
+    """Make a `Text` per window; the first `given` tokens (the BOS) are ours, not the caller's."""
     ids = np.array(text, np.int32)
     return [Text(ids[part.begin : part.end], part.first - part.begin, part.begin - given, named) for part in found]
 
 
 def _output(parts: list[list[Text]], unscored: list[bool], *, top: bool, named: bool) -> LlamaScoreOutput:
-    """The scores of rows out of those of their parts.
+    """Join the scores of each row's windows.
 
-    Where the answer begins with a token that nothing stands before, its place holds 0.0 as in the reference, which
-    counts nowhere.
+    Report 0.0 for a first token without context (`unscored`), as the reference does; leave it out of totals and counts.
     """
     logprobs = [[value for part in row for value in part.logprobs()] for row in parts]
 
@@ -129,7 +128,7 @@ def _output(parts: list[list[Text]], unscored: list[bool], *, top: bool, named: 
 
 
 def _check_starts(start: Any, rows: list[list[int]]) -> list[int]:
-    """The first position of each row that is scored: one int for all rows, or one per row."""
+    """Read `start`, the first position to score: one int for all rows, or one per row."""
     listed = [0 if start is None else start] * len(rows) if to_list(start) is None else to_list(start) or []
     check_count("start", len(listed), len(rows))
     return [
@@ -139,7 +138,7 @@ def _check_starts(start: Any, rows: list[list[int]]) -> list[int]:
 
 
 def _check_stride(stride: Any, size: int | None) -> int | None:
-    """The step of the window, so short that the first token scored in each window has one before it."""
+    """Check stride < size, so that every scored token has context."""
     if stride is None:
         return None
     number = check_int("stride", stride, least=1)
@@ -154,7 +153,7 @@ def _check_stride(stride: Any, size: int | None) -> int | None:
 
 
 def _check_lengths(texts: Sequence[Sequence[int]], most: int | None, *, by_call: bool, bos: bool) -> None:
-    """Refuse a text that is longer than the limit: no text is cut silently."""
+    """Refuse a text that is longer than the limit, rather than cut it silently."""
     name = "max_seq_len" if by_call else "the model's context"
     for row, text in enumerate(texts):
         if most is not None and len(text) > most:

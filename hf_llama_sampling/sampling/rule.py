@@ -20,10 +20,10 @@ from torch import Tensor
 # Temperatures beyond these act as these: all mass is on the best logit, or all tokens are equally probable.
 COLDEST = 1e-30
 HOTTEST = torch.finfo(torch.float32).max
-_LARGEST = HOTTEST * (1 - 2**-22)  # times a temperature, rounded, divided by it again and rounded: finite
+_LARGEST = HOTTEST * (1 - 2**-22)  # up to this x, (x * T) / T stays finite: float32 rounds twice
 
 Noise = Callable[[Tensor, Tensor | None], Tensor]
-"""``noise(tokens, rows)``: Exp(1) values (R, K) for token ids (R, K), best first, of these rows of the batch or all."""
+"""``noise(tokens, rows)``: Exp(1) values (R, K) for ids (R, K), by falling probability; rows (R,), None means all."""
 
 
 class Nucleus(NamedTuple):
@@ -67,7 +67,7 @@ def _zero_below(values: Tensor, bound: float | Tensor) -> Tensor:
 
 
 def within_float32(temperature: float | Tensor) -> float | Tensor:
-    """The temperature, as far as float32 divides by it."""
+    """Clamp the temperature to what float32 can divide by."""
     if isinstance(temperature, Tensor):
         return temperature.clamp(COLDEST, HOTTEST)
     return min(max(temperature, COLDEST), HOTTEST)

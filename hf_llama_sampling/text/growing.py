@@ -1,4 +1,4 @@
-"""A text whose tokens come one by one: which of its characters, and which of its tokens, are certain so far.
+"""Decode a text token by token, and release the characters and tokens that later tokens cannot change.
 
 What this module does not do: it decodes nothing itself; it is given a function that does.
 """
@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from .stopping import StopStrings
 
-_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
+_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
 
 Item = TypeVar("Item")
 
@@ -17,20 +17,20 @@ Item = TypeVar("Item")
 class End(NamedTuple):
     """How a text ended."""
 
-    text: str  # what no token has brought
+    text: str  # text left over after the last token
     stop: str | None  # the stop string; None if there was none
 
 
 class GrowingText(Generic[Item]):
-    """One row's text, token by token; anything may go along with each token.
+    """One row's text, token by token, with an item (any value) per token.
 
-    Held back are bytes that make no character yet, what may become a stop string, and the tokens that spell either.
+    Hold back incomplete characters and possible stop-string starts, with the tokens that spell them.
 
     Args:
         text_of: decodes token ids.
         stops: the stop strings.
-        row: whose of them.
-        is_byte: says which tokens stand for a byte; None if what bytes spell never changes with the bytes after them.
+        row: the row whose stop strings apply.
+        is_byte: tells byte tokens; None if later bytes never change the text of earlier ones.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class GrowingText(Generic[Item]):
         self.ids: list[int] = []
         self.text = ""
         self.known = 0  # characters of the text that later tokens cannot change
-        self.ends: list[int] = []  # of each token: `known` after it
-        self.whole = 0  # tokens that spell whole characters together
+        self.ends: list[int] = []  # `known` after each token
+        self.whole = 0  # length of the longest token prefix that decodes to whole characters
         self.waiting: list[Item] = []
         self.released = 0
 
     def add(self, token: int, item: Item) -> list[tuple[Item, str]]:
-        """Take a token; the items that are certain now, and each one's text."""
+        """Add a token and its item; return the items that are now certain, with their texts."""
         self.ids.append(token)
         self.waiting.append(item)
         self.text = self.text_of(self.ids)
@@ -66,7 +66,7 @@ class GrowingText(Generic[Item]):
         return self._release(self._tokens_before(min(certain, self._stop()[0])))
 
     def end(self) -> tuple[list[tuple[Item, str]], End]:
-        """The items that are left, and how the text ends; items of a stop string are dropped."""
+        """End the text; return the remaining items, without those of a stop string, and how it ended."""
         if not self.ids:
             self.text = self.text_of([])
         at, string = self._stop()
@@ -77,7 +77,7 @@ class GrowingText(Generic[Item]):
         return released, End(self.text[self._sent : at], string)
 
     def _settle_waiting(self) -> None:
-        """Note what the bytes before a whole character spell, now that nothing can change it."""
+        """Fix the text of earlier byte tokens, now that the next character is complete."""
         for place in range(max(self.whole, self.released), len(self.ids) - 1):
             before = self.text_of(self.ids[: place + 1]).rstrip(_INCOMPLETE)
             if self.text.startswith(before):
@@ -86,16 +86,16 @@ class GrowingText(Generic[Item]):
 
     @property
     def _sent(self) -> int:
-        """Characters that went along with tokens."""
+        """Characters of the text that were released with tokens."""
         return self.ends[self.released - 1] if self.released else 0
 
     def _stop(self) -> tuple[int, str | None]:
-        """Where the text ends so far, and the stop string that ends it there."""
+        """Find where the text ends so far, and the stop string there, if any."""
         found = self.stops.find(self.row, self.text) if self.has_stops and self.stops else None
         return (len(self.text), None) if found is None else found
 
     def _tokens_before(self, at: int) -> int:
-        """How many tokens spell whole characters, none of them at or beyond a place."""
+        """Count the leading tokens that spell whole characters, all of them before the place `at`."""
         count = self.whole
         while count > self.released and len(self.text_of(self.ids[:count])) > at:
             count -= 1

@@ -12,16 +12,16 @@ from .tokens import TokenSpeller, TokenTexts
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of an answer; lists are per token of the answer.
+    """One row of an answer; lists have one entry per token of the answer.
 
     Args:
-        texts: what the tokens spell.
-        ids: the tokens.
+        texts: the tokens' texts.
+        ids: the tokens' ids.
         logprobs: their raw logprobs; None if none were asked for.
-        top_logprobs: the best ids at their places; None if none were asked for.
-        unscored: how many of the first tokens nothing stands before.
-        prompt: tokens of the prompt, whether the answer holds them or not.
-        completion: tokens of the completion.
+        top_logprobs: the best ids at each token's position; None if none were asked for.
+        unscored: number of leading tokens without a logprob.
+        prompt: number of prompt tokens, whether the answer holds them or not.
+        completion: number of completion tokens.
         finish_reason: `"stop"` or `"length"`.
     """
 
@@ -36,7 +36,7 @@ class Choice:
     stop_reason: str | None = None  # the stop string that ended the completion
 
     def to_dict(self, index: int, speller: TokenSpeller) -> dict[str, Any]:
-        """The choice in OpenAI's format."""
+        """Convert to OpenAI's format."""
         return {
             "index": index,
             "text": self.texts.text,
@@ -46,7 +46,7 @@ class Choice:
         }
 
     def cut_at(self, count: int, dropped: int, reason: str | None) -> "Choice":
-        """The choice without the tokens from `count` on, and without the last characters of its text."""
+        """Keep the first `count` tokens, and cut `dropped` characters off the text, if a stop string was met."""
         if reason is None:
             return self
         return replace(
@@ -72,7 +72,7 @@ class Choice:
         }
 
     def _tops(self, logprobs: Sequence[float], speller: TokenSpeller) -> list[dict[str, float]]:
-        """The best tokens by name, and the one that stands there; of tokens with one name the better counts."""
+        """Map names to logprobs: the best tokens and the actual one; on equal names keep the first (best)."""
         assert self.top_logprobs is not None
         found = []
         for token, logprob, best in list(zip(self.ids, logprobs, self.top_logprobs, strict=True))[self.unscored :]:
@@ -84,7 +84,7 @@ class Choice:
 
 
 def completions(choices: Sequence[Choice], speller: TokenSpeller, model: str) -> dict[str, Any]:
-    """A whole answer in OpenAI's completions format."""
+    """Build a whole answer in OpenAI's completions format."""
     prompt, completion = sum(choice.prompt for choice in choices), sum(choice.completion for choice in choices)
     return {
         "object": "text_completion",

@@ -1,4 +1,4 @@
-"""Stop strings: a completion ends before the first of some strings, and its tokens and logprobs are cut alike.
+"""Stop strings: find where a completion ends; callers cut its tokens and logprobs at `Cut.tokens`.
 
 What this module does not do: it runs no model; `generation` asks the criterion after each step.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 Stop = str | Sequence[str] | Sequence[Sequence[str] | None]
-_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
+_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
 TextOf = Callable[[Sequence[int]], str]
 
 
 class Cut(NamedTuple):
     """Where a completion ends."""
 
-    tokens: int  # of the completion, that hold nothing of the stop string
-    dropped: int  # characters at the end of the completion's text
+    tokens: int  # leading tokens to keep: none holds a part of the stop string
+    dropped: int  # characters to cut off the end of the completion's text
     reason: str | None  # the stop string; None if there was none
 
 
@@ -45,18 +45,18 @@ class StopStrings:
         return any(self.by_row)
 
     def of_rows(self, rows: Sequence[int]) -> "StopStrings":
-        """The strings of some rows."""
+        """Select some rows."""
         return StopStrings([self.by_row[row] for row in rows], len(rows))
 
     def find(self, row: int, text: str) -> tuple[int, str] | None:
-        """The place and the string that a row's text ends at: the first place, and of several there the longest."""
+        """Find the stop string that comes first in a row's text (the longest at that place), and its place."""
         found = [(text.find(string), string) for string in self.by_row[row]]
         return min(((at, string) for at, string in found if at >= 0), key=_first_and_longest, default=None)
 
     def settled(self, row: int, text: str) -> bool:
-        """Whether a row's text has a place to end at that no text after it can change.
+        """Whether the stop string that was found is final, whatever text follows.
 
-        A longer string, or one that begins earlier, may still be on its way at the text's end.
+        It is not final while the text's end may begin an earlier stop string, or a longer one at the same place.
 
         >>> stops = StopStrings(["o", "you"], 1)
         >>> [stops.settled(0, text) for text in ("y", "yo", "yol", "you")]
@@ -71,7 +71,7 @@ class StopStrings:
         )
 
     def held_back(self, row: int, text: str) -> int:
-        """How many characters at a text's end may be the beginning of a stop string.
+        """Count the characters at a text's end that may begin a stop string.
 
         >>> StopStrings("END", 1).held_back(0, "the EN")
         2
@@ -80,7 +80,7 @@ class StopStrings:
         return max(sizes, default=0)
 
     def criterion(self, prompts: Sequence[Sequence[int]], text_of: TextOf | Sequence[TextOf]) -> StoppingCriteria:
-        """A stopping criterion for `generate`.
+        """Make a stopping criterion for `generate`.
 
         Args:
             prompts: token ids of each row's prompt.
@@ -90,7 +90,7 @@ class StopStrings:
         return _StopStringsCriterion(self, [len(prompt) for prompt in prompts], decoders)
 
     def cut(self, row: int, completion: Sequence[int], text_of: TextOf) -> Cut:
-        """Where a row's completion ends; a token that begins before a stop string and reaches into it is left out."""
+        """Find where a row's completion ends; drop a token that begins before the stop string and reaches into it."""
         text = text_of(completion)
         found = self.find(row, text)
         if found is None:
@@ -103,7 +103,7 @@ class StopStrings:
 
 
 class _StopStringsCriterion(StoppingCriteria):
-    """Whether each row's completion holds the stop string that it ends at."""
+    """True for rows whose stop string is final."""
 
     def __init__(self, stops: StopStrings, prompt_lens: list[int], decoders: list[TextOf]) -> None:
         self.stops, self.prompt_lens, self.decoders = stops, prompt_lens, decoders
@@ -136,7 +136,7 @@ def _strings_by_row(stop: Any, rows: int) -> list[tuple[str, ...]]:
 
 
 def check_strings(strings: Any, where: str = "") -> tuple[str, ...]:
-    """Stop strings of one row: a string, or several in a list."""
+    """Check the stop strings of one row: a string, or several in a list."""
     listed = [strings] if isinstance(strings, str) else strings
     if not isinstance(listed, Sequence) or not all(isinstance(string, str) for string in listed):
         raise TypeError(f"stop must be a string, a list of strings, or such a list per row, got {strings!r}{where}")

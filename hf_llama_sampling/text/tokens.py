@@ -1,4 +1,4 @@
-r"""What each token of a text spells, in bytes and in characters, so that the tokens add up to the text.
+r"""Spell each token of a text in bytes and in characters, so that the tokens' texts add up to the text.
 
 A token's offset is the number of characters that are complete before it. So the text of token i is
 ``text[offsets[i]:offsets[i + 1]]``, these pieces add up to the text, and a character that several tokens spell byte by
@@ -17,29 +17,29 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-_INCOMPLETE = "\ufffd"  # stands for bytes that make no character, or none yet
+_INCOMPLETE = "\ufffd"  # decoded from bytes that make no character, or none yet
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts(NamedTuple):
-    """The text of some tokens, and where each of them stands in it."""
+    """The text of some tokens, with each token's offset and bytes."""
 
     text: str
     offsets: list[int]  # characters that are complete before each token
-    bytes: list[bytes]  # what each token spells; nothing for control tokens
+    bytes: list[bytes]  # each token's bytes; empty for control tokens
 
     @property
     def pieces(self) -> list[str]:
-        """Each token's part of the text; they add up to it, so the last one ends where a text was cut."""
+        """Split the text by token; the pieces add up to it, so the last one ends where the text was cut."""
         ends = [*self.offsets[1:], len(self.text)]
         return [self.text[start:end] for start, end in zip(self.offsets, ends, strict=False)]
 
     def cut(self, count: int, length: int) -> "TokenTexts":
-        """The first `count` tokens, and the first `length` characters."""
+        """Keep the first `count` tokens and the first `length` characters."""
         return TokenTexts(self.text[:length], self.offsets[:count], self.bytes[:count])
 
     def after(self, count: int) -> "TokenTexts":
-        """The same without the first `count` tokens and what they spell."""
+        """Drop the first `count` tokens and their text."""
         if count == 0:
             return self
         start = self.offsets[count] if count < len(self.offsets) else len(self.text)
@@ -47,7 +47,7 @@ class TokenTexts(NamedTuple):
 
 
 class TokenSpeller:
-    """What the tokens of one tokenizer spell.
+    """Spells the tokens of one tokenizer.
 
     Args:
         tokenizer: a transformers tokenizer, or anything with the five members of Meta's.
@@ -65,7 +65,7 @@ class TokenSpeller:
         self._anchor: tuple[list[int], str] | None = None
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Decoded tokens, control tokens left out. Ids that a model embeds beyond the tokenizer's spell nothing."""
+        """Decode tokens without control tokens. Ignore ids beyond the tokenizer's vocabulary."""
         known = [token for token in ids if token < self.size]
         if self.of_transformers:
             text = self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -74,16 +74,16 @@ class TokenSpeller:
         return str(text)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token spells inside a text."""
+        """Return the bytes that a token spells inside a text."""
         if token not in self._known:
             self._known[token] = self._spell(token) if token < self.size else b""
         return self._known[token]
 
     @functools.cached_property
     def is_byte(self) -> Callable[[int], bool] | None:
-        """Says which tokens stand for a byte, where a wrong byte changes what those before it spell; else None.
+        """Return a test for byte tokens, for decoders that turn a whole invalid byte run into U+FFFD; else None.
 
-        Decoders of the `tokenizers` library make nothing but U+FFFD of a run of bytes that is not valid as a whole.
+        Decoders of the `tokenizers` library do so: a wrong byte then changes the text of the valid ones before it.
         """
         if not self.of_transformers:
             return None
@@ -101,7 +101,7 @@ class TokenSpeller:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def texts(self, ids: Sequence[int], *, given: int = 0) -> TokenTexts:
-        """The texts of tokens; the first `given` of them are what stands before, and are left out of the answer."""
+        """Return the texts of tokens. Drop the first `given` tokens, used only as context."""
         spelled = [self.bytes_of(token) for token in ids]
         whole = self.text_of(ids)
         made = _joined(spelled)
@@ -113,8 +113,8 @@ class TokenSpeller:
         return TokenTexts(whole, made.offsets, spelled).after(given)
 
     def text_after(self, prompt: Sequence[int]) -> Callable[[Sequence[int]], str]:
-        """A function that gives the text of tokens which follow a prompt: the two texts add up to the decoded whole."""
-        # The last token that spells whole characters decides what is dropped before the ones after it.
+        """Return a decoder of tokens after a prompt: prompt text plus its result equal the text decoded as one."""
+        # Decode from the prompt's last token that begins a character: only that context can change what follows.
         places = reversed(range(len(prompt)))
         start = next((place for place in places if _begins_a_character(self.bytes_of(prompt[place]))), 0)
         context = list(prompt[start:])
@@ -122,7 +122,7 @@ class TokenSpeller:
         return lambda ids: self.text_of([*context, *ids])[known:]
 
     def _by_prefixes(self, ids: Sequence[int], whole: str) -> TokenTexts:
-        """Offsets by decoding the tokens up to each one, for decoders that do more than join what tokens spell."""
+        """Compute offsets by decoding every prefix, for decoders that do more than join the tokens' bytes."""
         offsets, so_far = [], 0
         for count in range(len(ids)):
             text = self.text_of(ids[:count]).rstrip(_INCOMPLETE)
@@ -144,7 +144,7 @@ class TokenSpeller:
         return text.encode()
 
     def _decoded(self, token: int) -> str:
-        """A token's text after another token, where no decoder drops its space."""
+        """Decode after an anchor token, so that a leading space is kept."""
         if self._anchor is None:
             options = {"add_special_tokens": False} if self.of_transformers else {"bos": False, "eos": False}
             ids = list(self.tokenizer.encode("a", **options))
@@ -153,7 +153,7 @@ class TokenSpeller:
         return self.text_of([*ids, token])[len(text) :]
 
     def _piece(self, token: int) -> str:
-        """A token as the vocabulary writes it, as far as that is known."""
+        """Return a token as the vocabulary writes it; ``<id>`` if the tokenizer cannot tell."""
         if self.of_transformers:
             return str(self.tokenizer.convert_ids_to_tokens(token))
         if hasattr(self.tokenizer, "sp_model"):
@@ -162,7 +162,7 @@ class TokenSpeller:
 
 
 def _joined(spelled: Sequence[bytes]) -> TokenTexts:
-    """The text that bytes make, and how many characters are complete before each piece of them."""
+    """Decode pieces of bytes as one UTF-8 text, with the number of characters complete before each piece."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     offsets, parts, so_far = [], [], 0
     for piece in spelled:
@@ -173,13 +173,13 @@ def _joined(spelled: Sequence[bytes]) -> TokenTexts:
 
 
 def _begins_a_character(spelled: bytes) -> bool:
-    """Whether bytes are some, and do not go on with a character that others began."""
+    """Whether the bytes are non-empty and begin a new UTF-8 character."""
     return bool(spelled) and spelled[0] & 0xC0 != 0x80
 
 
 @functools.cache
 def _byte_level() -> dict[str, int]:
-    """The characters that byte-level vocabularies write bytes with (openai/gpt-2, ``encoder.py``)."""
+    """Map the characters of byte-level vocabularies to their bytes (openai/gpt-2, ``encoder.py``)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

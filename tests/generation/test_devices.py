@@ -55,7 +55,7 @@ def test_the_step_and_the_stop_stay_on_the_device_and_never_wait(tiny_model, mon
             scores = step(ids, torch.zeros(3, VOCAB, device=ELSEWHERE, dtype=torch.bfloat16))
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
             assert stop(ids, None).device == scores.device == ELSEWHERE
-        assert len(state.probes) == plan.steps
+        assert len(state.finite_checks) == plan.steps
         assert all(part.device == ELSEWHERE for scored in state.scores for part in scored)
 
 

@@ -26,13 +26,13 @@ from .inference import in_inference_mode
 from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
-from .options import resolve_alias, sort_keywords
+from .options import Call, resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
-from .plan import Request, make_plan
+from .plan import Plan, Request, make_plan
 from .probe import Probe
 from .prompt_cache import PromptCache, check_prompt_cache
 from .releases import check_release
-from .rows import run_parts, unshifted_rows
+from .rows import Rows, run_parts, unshifted_rows
 from .schedule import Schedule
 from .scoring import CHUNK_BYTES, refuse_other_positions, refuse_without_order
 from .streamers import ended_with_the_call
@@ -136,17 +136,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         """
         with ended_with_the_call(kwargs):
             # 1. Read the call: its keywords by who reads them, its prompts as lists.
-            refuse_encoder_decoder(self)
-            refuse_invocation_tokens(self)
-            events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
-            call = sort_keywords(self, generation_config, kwargs, _OWN_ARGUMENTS)
-            call.events = events
+            call, prompts, as_tensor = _read_call(self, inputs, generation_config, kwargs)
             prompt_cache = check_prompt_cache(prompt_cache, call.to_model)
-            inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
-            mask = call.to_model.pop("attention_mask", None)
-            prompts = _read_prompts(self, inputs, mask, call.options)
-            for name in beside_tokens(call.to_model):
-                call.to_model[name] = read_beside_tokens(name, call.to_model[name], mask, prompts)
 
             # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
             request = Request(
@@ -166,29 +157,15 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 chunk_bytes=chunk_bytes,
                 share_prefix=share_prefix,
             )
-            loop = _transformers_generate(self)
-            probe = Probe(self, loop)
-            refuse_other_positions(self, probe)
-            plan = make_plan(self, prompts, call, request, probe)
-            if call.events is not None:
-                call.events.take_plan(plan)
-            if plan.echo and plan.wants_scores:
-                refuse_without_order(self, probe)
+            plan = _make_plan(self, prompts, call, request)
 
             # 3. Run: prefill and generate, and make rows out of columns.
-            extras: dict[str, Any] = {}
-            if plan.scores_unshifted:
-                rows = unshifted_rows(self, loop, plan, call.to_model)
-                stream_prompts(plan.layout()[0], call)
-            else:
-                rows, extras = run_parts(self, loop, plan, call, prompt_cache)
+            rows, extras = _run(self, plan, call, prompt_cache)
 
             # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
             sequences = sequences_of(rows, plan)
             more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
-            if isinstance(inputs, Tensor) and not more:
-                return sequences
-            return generate_output(rows, plan, sequences, extras)
+            return sequences if as_tensor and not more else generate_output(rows, plan, sequences, extras)
 
     @through_peft
     def stream(
@@ -364,6 +341,45 @@ _OWN_ARGUMENTS = [name for name in inspect.signature(LlamaGenerationMixin.genera
 
 class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
     """transformers' `LlamaForCausalLM` with LLAMA2's `generate`; loads the same checkpoints."""
+
+
+def _read_call(
+    model: Any, inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[Call, list[list[int]], bool]:
+    """The keywords of `generate` by who reads them, the prompts as lists, and whether they came as a tensor."""
+    refuse_encoder_decoder(model)
+    refuse_invocation_tokens(model)
+    events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
+    call = sort_keywords(model, config, kwargs, _OWN_ARGUMENTS)
+    call.events = events
+    inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
+    mask = call.to_model.pop("attention_mask", None)
+    prompts = _read_prompts(model, inputs, mask, call.options)
+    for name in beside_tokens(call.to_model):
+        call.to_model[name] = read_beside_tokens(name, call.to_model[name], mask, prompts)
+    return call, prompts, isinstance(inputs, Tensor)
+
+
+def _make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request) -> Plan:
+    """The plan of a call, and refusals of what the model's forward cannot do, as tried out."""
+    probe = Probe(model, _transformers_generate(model))
+    refuse_other_positions(model, probe)
+    plan = make_plan(model, prompts, call, request, probe)
+    if call.events is not None:
+        call.events.take_plan(plan)
+    if plan.echo and plan.wants_scores:
+        refuse_without_order(model, probe)
+    return plan
+
+
+def _run(model: Any, plan: Plan, call: Call, prompt_cache: PromptCache | None) -> tuple[Rows, dict[str, Any]]:
+    """The rows of a plan, and what else transformers' outputs hold."""
+    loop = _transformers_generate(model)
+    if not plan.scores_unshifted:
+        return run_parts(model, loop, plan, call, prompt_cache)
+    rows = unshifted_rows(model, loop, plan, call.to_model)
+    stream_prompts(plan.layout()[0], call)
+    return rows, {}
 
 
 def _read_prompts(model: Any, inputs: Any, attention_mask: Any, options: dict[str, Any]) -> list[list[int]]:

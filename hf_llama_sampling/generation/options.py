@@ -28,6 +28,7 @@ from ..checks import (
 from ..defaults import TEMPERATURE, TOP_P
 from .model_info import vocab_size_of
 from .option_values import check_option_values
+from .pipelines import added_by_a_pipeline
 from .releases import CACHE_NAME, CACHE_NAMES
 
 # Options of a generation config, by what becomes of them.
@@ -141,8 +142,6 @@ WAYS_OUT = {
 }
 # Inputs of models that read more than token ids, as their processors name them.
 _OF_OTHER_MODELS = re.compile("^(pixel|image|video|audio|input_(features|values))|_grid_thw$|token_type_ids$")
-# The limit that `pipeline("text-generation")` adds to each call whose user, and whose checkpoint, name none.
-PIPELINE_ADDS = {"max_new_tokens": 256}
 # Arguments of transformers' `generate` that are no options of a config.
 LOOP_ARGUMENTS = (
     "logits_processor",
@@ -163,7 +162,7 @@ class Call:
     to_loop: dict[str, Any] = field(default_factory=dict)  # arguments of transformers' `generate`
     to_model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's `forward`
     in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
-    from_pipeline: set[str] = field(default_factory=set)  # options that look like a pipeline's own
+    from_pipeline: set[str] = field(default_factory=set)  # options that a pipeline adds by itself
     events: Any = None  # an `EventSource` that follows the run
 
     def option(self, name: str, *, beside: Any = None) -> Any:
@@ -222,13 +221,13 @@ def sort_keywords(
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
     check_option_values(call.options, vocab_size_of(model))
-    call.from_pipeline = _added_by_a_pipeline(model, call)
+    call.from_pipeline = added_by_a_pipeline()
     return call
 
 
 def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeError:
     """The refusal of a keyword that nothing here reads."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = ["stop_strings"] if name == "stop" else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not _OF_OTHER_MODELS.search(name) or (near and _OF_OTHER_MODELS.search(near[0])):
         hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
         return TypeError(f"{method} has no keyword {name!r}: {hint}")
@@ -236,17 +235,6 @@ def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeEr
         f"{name!r} is an input of other models, and {type(model).__name__}'s forward does not take it: leave it "
         "out, or take a model that reads it"
     )
-
-
-def _added_by_a_pipeline(model: Any, call: Call) -> set[str]:
-    """The options that have a pipeline's own value; it also says `do_sample` where the checkpoint does not.
-
-    A pipeline gives no mark of itself, but it always gives its prompts as a tensor named `input_ids`.
-    """
-    sampled = call.options.get("do_sample") is not None or model.generation_config.do_sample is not None
-    if not (sampled and isinstance(call.to_model.get("input_ids"), Tensor)):
-        return set()
-    return {name for name, value in PIPELINE_ADDS.items() if call.options.get(name) == value}
 
 
 def _read_config(config: Any) -> Call:
@@ -328,6 +316,8 @@ def _no_place(name: str, asked: str, method: str) -> str:
 
 def choose_temperature(given: PerRow | None, call: Call) -> float | list[float]:
     """The temperature: from the call, else from a config in it, else Meta's default; `do_sample=False` means 0."""
+    if "temperature" in call.from_pipeline:
+        given = None
     do_sample = call.option("do_sample", beside=given)
     if do_sample is False:
         asked = None if given is None else per_row("temperature", given, check_temperature)
@@ -335,14 +325,18 @@ def choose_temperature(given: PerRow | None, call: Call) -> float | list[float]:
             raise ValueError(f"do_sample=False means temperature 0, but the call says {given!r}: drop one of the two")
         return 0.0
     value = per_row(
-        "temperature", first_not_none(given, call.from_config.get("temperature"), TEMPERATURE), check_temperature
+        "temperature", first_not_none(given, _of_config("temperature", call), TEMPERATURE), check_temperature
     )
     if do_sample is True and set(value if isinstance(value, list) else [value]) == {0}:
         raise ValueError(
-            "do_sample=True asks to sample, but temperature 0 is greedy: say do_sample=False, which means temperature "
-            "0 (a pipeline adds do_sample=True by itself)"
+            "do_sample=True asks to sample, but temperature 0 is greedy: say do_sample=False, which means temperature 0"
         )
     return value
+
+
+def _of_config(name: str, call: Call) -> Any:
+    """A setting of a config in the call; a pipeline writes its own into its user's."""
+    return None if name in call.from_pipeline else call.from_config.get(name)
 
 
 def choose_top_p(given: PerRow | None, call: Call) -> float | list[float]:

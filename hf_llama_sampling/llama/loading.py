@@ -67,8 +67,7 @@ def load_model(
         TypeError: `ckpt_dir` is neither a text nor a path.
         ValueError: it cannot be read without running code, or its parts contradict one another.
     """
-    if not isinstance(ckpt_dir, (str, os.PathLike)):
-        raise TypeError(f"{_FORMS}, and this is of type {type(ckpt_dir).__name__}: give its name")
+    check_checkpoint(ckpt_dir)
     if not is_meta_folder(ckpt_dir):
         return _load_transformers(ckpt_dir, placement)
     return load_meta_checkpoint(
@@ -81,6 +80,20 @@ def load_model(
         offload_folder=placement.offload_folder,
         model_class=LlamaForCausalLM,
     )
+
+
+def check_checkpoint(ckpt_dir: str | Path) -> None:
+    """Refuse a path without a checkpoint, before a tokenizer is looked for or anything is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        TypeError: `ckpt_dir` is neither a text nor a path.
+        ValueError: a file of another kind.
+    """
+    if not isinstance(ckpt_dir, (str, os.PathLike)):
+        raise TypeError(f"{_FORMS}, and this is of type {type(ckpt_dir).__name__}: give its name")
+    if not is_meta_folder(ckpt_dir):
+        _find_checkpoint(ckpt_dir)
 
 
 def vocab_sizes(tokenizer: TokenizerLike) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_a_shallow_copy_shares_all_weights(plain):
 
 
 def test_what_a_pipeline_adds_by_itself(plain, tiny_tokenizer):
-    """`PIPELINE_ADDS` of `generation/options.py`: these count as nobody's words."""
+    """`generation/pipelines.py` looks for these in the pipeline's `forward`: they count as nobody's words."""
     heard = {}
 
     def generate(self, *, input_ids, attention_mask, **kwargs):
@@ -49,6 +50,8 @@ def test_what_a_pipeline_adds_by_itself(plain, tiny_tokenizer):
         "do_sample": True,
         "temperature": 0.7,
     }
+    base = sys.modules["transformers.pipelines.base"]
+    assert "forward_params" in inspect.signature(base.Pipeline.forward).parameters
 
 
 def test_the_names_of_keywords():

@@ -98,6 +98,29 @@ def test_the_pipelines_own_words(pipe, tiny_model, tokenizer):
     assert long["generated_text"] == TEXTS[0] + expected[0]
 
 
+def test_settings_are_the_users_or_metas(tiny_model, tokenizer):
+    """A pipeline's temperature of 0.7 is nobody's word; its user's counts, 0.7 and greedy too, wherever it is said."""
+
+    def answer(*, made_with=None, **asked):
+        made = transformers.pipeline("text-generation", model=tiny_model, tokenizer=tokenizer, **(made_with or {}))
+        (found,) = made(TEXTS[0], return_full_text=False, seeds=3, **asked)
+        return found["generated_text"]
+
+    def expected(**asked):
+        return completions(tiny_model, tokenizer, TEXTS[:1], **{"max_gen_len": 8, "seeds": 3, **asked})[0]
+
+    metas, warm = expected(temperature=0.6), expected(temperature=0.7)
+    assert len({metas, warm, expected(temperature=0.0)}) == 3
+    assert answer(max_gen_len=8) == answer(max_new_tokens=8) == metas
+    assert answer(max_gen_len=8, temperature=0.7) == answer(made_with={"temperature": 0.7}, max_gen_len=8) == warm
+    assert answer(max_gen_len=8, temperature=0.0) == expected(temperature=0.0)
+    config = transformers.GenerationConfig(max_new_tokens=8)
+    assert answer(generation_config=config) == metas
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+        tiny_model.generate(input_ids=ids, max_gen_len=8, max_new_tokens=256, do_sample=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_more_output_is_left_out(pipe, batch_size):
     """`logprobs` and `echo` change no text: a pipeline has no place for what else they give."""

@@ -1,7 +1,7 @@
-"""Requests through the model by continuous batching: one that is done makes room for the next.
+"""Answer requests by continuous batching: one that is done makes room for the next.
 
-The answers are those of `engine`, up to the rounding of the logits. What fails here is asked again there, alone or in
-batches, so errors are the same too. This module reads no records and writes no files, and never looks at logits.
+The answers equal `engine`'s, up to the rounding of the logits. Requests that fail here are run again there, so errors
+are the same too. This module reads no records and writes no files, and never looks at logits.
 """
 
 import logging
@@ -17,12 +17,12 @@ from .settings import BatchLimits, RunSettings
 
 logger = logging.getLogger(__name__)
 
-_PAGE = 32  # tokens; what a request holds beyond its own is less than a page
-_FORWARD = 256  # most tokens of a forward: more would not make it faster per token
+_PAGE = 32  # tokens; a request wastes less than a page
+_FORWARD = 256  # most tokens of a forward: more are no faster per token
 
 
 def refuse_without_place(settings: RunSettings) -> None:
-    """Refuse what continuous batching does not give: numbers about prompts, other tokens and other distributions.
+    """Refuse settings that continuous batching lacks: scores of prompts, of other tokens, of other distributions.
 
     Raises:
         Refused: the settings ask for it.
@@ -43,7 +43,7 @@ class ContinuousEngine:
         llama: the model and its tokenizer.
         settings: the run's.
         limits: `rows` bounds the requests in flight, `tokens` the cache (one request alone may need more).
-        otherwise: answers requests in another way; it gets those that fail here.
+        otherwise: the fallback, which answers the requests that fail here.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class ContinuousEngine:
     ) -> None:
         refuse_without_place(settings)
         self.llama, self.settings, self.limits, self.otherwise = llama, settings, limits, otherwise
-        self.fits = True  # until memory runs out
+        self.fits = True  # False once memory has run out
 
     def responses(self, batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
-        """All responses, in as many pieces as come, in no order. Requests are added batch by batch."""
+        """Yield all responses, in pieces and in no order. Requests are added batch by batch."""
         left = {str(request.index): request for batch in batches for request in batch}
         try:
             if self.fits and left:
@@ -74,7 +74,7 @@ class ContinuousEngine:
                 yield from self.otherwise(again)
 
     def _run(self, left: dict[str, Request]) -> Iterator[list[Response]]:
-        """Responses as they come; what got one is taken out of `left`, and what failed stays in it."""
+        """Yield responses as they come; remove answered requests from `left`, and leave failed ones in it."""
         asked = list(left.values())
         with self.llama.model.continuous_batching_context_manager(
             continuous_batching_config=self._config(asked),
@@ -93,7 +93,7 @@ class ContinuousEngine:
                     yield responses
 
     def _config(self, requests: Sequence[Request]) -> Any:
-        """A cache of as many tokens as the limits allow, and of one request at least."""
+        """Size the cache: as many tokens as the limits allow, but at least one request."""
         from transformers import ContinuousBatchingConfig
 
         reach = [len(request.prompt) + request.limit for request in requests]
@@ -110,7 +110,7 @@ class ContinuousEngine:
         )
 
     def _add(self, manager: Any, request: Request) -> bool:
-        """Whether the manager takes the request; named tokens and stop strings are for the other engine."""
+        """Add the request; return whether it was accepted. Named tokens and stop strings need the fallback."""
         if request.named or request.stop:
             return False
         try:
@@ -122,7 +122,7 @@ class ContinuousEngine:
                 top_p=request.top_p,
                 seed=request.seed,
             )
-        except ValueError:  # said by the other engine
+        except ValueError:  # the fallback reports it
             return False
         return True
 
@@ -136,7 +136,7 @@ class ContinuousEngine:
 
 
 def _finished(manager: Any) -> list[Any]:
-    """At least one finished result, and all that are there already.
+    """Wait for one finished result, and return it with all others that are ready.
 
     Raises:
         RuntimeError: the manager's thread ended early.

@@ -1,4 +1,4 @@
-"""Requests through the model, a batch at a time; where memory runs out, in halves.
+"""Answer requests a batch at a time; if memory runs out, in halves.
 
 This module reads no records and writes no files, and never looks at logits.
 """
@@ -31,7 +31,7 @@ class Engine:
         self.settings = settings
 
     def run(self, batch: Sequence[Request]) -> list[Response]:
-        """One call of the model, one response per request, in order.
+        """Call the model once; return one response per request, in order.
 
         Raises:
             ValueError: a row is wrong; it may be any of them.
@@ -88,7 +88,7 @@ class Engine:
 
 
 def decoder_of(llama: Llama, request: Request) -> TextOf:
-    """Decodes a request's completion: what comes after its prompt, or a message of its own."""
+    """Return the decoder of a request's completion: as text after its prompt, or as a message if it is a dialog."""
     return llama.text_of if request.is_dialog else TokenSpeller(llama.tokenizer).text_after(request.prompt)
 
 
@@ -100,14 +100,14 @@ def respond_with_tokens(
     beside: dict[str, list[Any]],
     more: dict[str, Any] | None = None,
 ) -> Response:
-    """The response to a request that these tokens complete, up to its stop string.
+    """Build the response from a request's completion, cut at its stop string.
 
     Args:
-        request: what is answered.
+        request: the request.
         tokens: the completion.
         text_of: decodes it.
-        finish_reason: why it ended, if at no stop string.
-        beside: fields that hold one item per token.
+        finish_reason: why it ended, if not at a stop string.
+        beside: fields with one item per token.
         more: other fields, which come last.
     """
     text, cut = text_of(tokens), StopStrings([request.stop], 1).cut(0, tokens, text_of)
@@ -124,14 +124,14 @@ def respond_with_tokens(
 
 
 def _named(batch: Sequence[Request]) -> list[list[int]] | None:
-    """The ids that each row asks for, if any does."""
+    """Return the ids to score in each row, or None if no row asks for any."""
     return [list(request.named) for request in batch] if any(request.named for request in batch) else None
 
 
 class OutOfMemoryBackoff:
-    """Runs a batch, and where that fails for want of memory or for a row that is wrong, its halves.
+    """Runs a batch; if that fails for lack of memory or because of a wrong row, runs its halves.
 
-    What did not fit once is not tried again at that size.
+    A size that did not fit is not tried again.
 
     Args:
         run: answers a batch.
@@ -142,13 +142,13 @@ class OutOfMemoryBackoff:
         self.most = math.inf  # cost of a batch
 
     def responses(self, batch: Sequence[Request]) -> Iterator[list[Response]]:
-        """All responses, in as many pieces as it takes. A single request that fails gets an error response."""
+        """Yield all responses, in as many pieces as needed. A single request that fails gets an error response."""
         if len(batch) == 1 or cost(batch) <= self.most:
             result = self._try(batch)
             if not isinstance(result, str):
                 yield result
                 return
-            if result == _DOES_NOT_FIT:  # by now the failed call's tensors have gone with its traceback
+            if result == _DOES_NOT_FIT:  # the failed call's tensors have been freed with its traceback
                 clear_device_cache(garbage_collection=True)
             if len(batch) == 1:
                 yield [respond_with_error(batch[0].index, batch[0].id, result)]
@@ -158,10 +158,10 @@ class OutOfMemoryBackoff:
         yield from self.responses(batch[half:])
 
     def _try(self, batch: Sequence[Request]) -> list[Response] | str:
-        """The responses, or why there are none."""
+        """Return the responses, or the reason why there are none."""
         try:
             return self.run(batch)
-        except IndexError as error:  # an embedding's: of positions, as GPT-2 has them
+        except IndexError as error:  # of a position embedding, as in GPT-2
             if "out of range" not in str(error):
                 raise
             return "the model has no position for the last tokens of this record: shorten it, or lower max_gen_len"
@@ -177,5 +177,5 @@ class OutOfMemoryBackoff:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell errors that a smaller batch may avoid from all others."""
+    """Whether a smaller batch may avoid the error."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)

@@ -1,6 +1,6 @@
-"""Fingerprint a model, its tokenizer and this package, so that a run is taken up only by those that began it.
+"""Fingerprint a model, its tokenizer and this package, so that a run is resumed only with those that began it.
 
-Every byte of the weights counts, and everything else that changes answers; where they were loaded from does not.
+Every byte of the weights counts, and everything else that changes answers; the path they were loaded from does not.
 This module compares nothing and writes nothing.
 """
 
@@ -22,12 +22,12 @@ from .jsonl import canonical
 
 _PIECE = 1 << 26  # bytes of a weight that are copied at a time
 _CONFIG_WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-_MANY_TOKENS = 1 << 18  # of a tokenizer that can only be asked
+_MANY_TOKENS = 1 << 18  # limit for a tokenizer that can only be queried token by token
 _PROBE = "The quick brown fox, 1234: \n\t\u00e9\u4f60\U0001f600  def f(x):\n        return x  [INST] </s>"
 
 
 def fingerprint(llama: Llama) -> dict[str, Any]:
-    """Hashes and facts by name; two that are equal answer alike, on equal hardware.
+    """Return hashes and facts by name; equal fingerprints mean equal answers on equal hardware.
 
     Reads every weight once: about a second per gigabyte and core, with as many cores as there are.
     """
@@ -58,13 +58,13 @@ def _hash(*parts: object) -> str:
 
 
 def _digests_of_weights(model: torch.nn.Module) -> list[str]:
-    """Hash each parameter and buffer, several at a time: hashing releases Python's lock. In the order of the model."""
+    """Hash each parameter and buffer, in model order, several in parallel: hashing releases Python's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda tensor: _digest_of_tensor(tensor.name, tensor.load()), _tensors(model)))
 
 
 class _Tensor(NamedTuple):
-    """A parameter or buffer; `load` gives its values, also where accelerate has offloaded them."""
+    """A parameter or buffer; `load` returns its values, even if accelerate has offloaded them."""
 
     name: str
     load: Callable[[], torch.Tensor]
@@ -84,7 +84,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[_Tensor]:
                 continue
             seen.add(id(tensor))
             load = functools.partial(_resident, module, name, tensor)
-            # Buffers that are not saved are computed at loading, and on another device not to the last bit.
+            # Unsaved buffers are computed at loading, and their last bits depend on the device.
             yield _Tensor(f"{prefix}.{name}", functools.partial(_rounded, tensor) if name in transient else load)
 
 
@@ -96,7 +96,7 @@ def _follows_the_text(module: torch.nn.Module) -> bool:
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """Floats without their last bits (of float32: 12 of 23 bits stay)."""
+    """Round floats to fewer bits (float32 keeps 12 of 23)."""
     if not values.is_floating_point():
         return values
     return ((values.detach().float().contiguous().view(torch.int32) + (1 << 10)) >> 11).cpu()
@@ -113,7 +113,7 @@ def _resident(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch
 
 def _digest_of_tensor(name: str, tensor: torch.Tensor) -> str:
     digest = hashlib.blake2b(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
-    if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of others, as quantization makes them
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor composed of others, as in quantization
         inner, settings = tensor.__tensor_flatten__()
         parts = [_digest_of_tensor(part, getattr(tensor, part)) for part in inner]
         return _hash(digest.digest(), settings, *parts)
@@ -134,7 +134,7 @@ def _adapters(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _adapter_states(model: torch.nn.Module) -> Iterator[str]:
-    """Describe how each layer uses its adapters, beside their weights: which are on, how strong, merged or not."""
+    """Describe how each layer uses its adapters, besides their weights: which are active, scaling, merged or not."""
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
             states = [getattr(module, key, None) for key in ("active_adapters", "disable_adapters", "merged_adapters")]
@@ -145,19 +145,19 @@ def _adapter_states(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _tokenizer_parts(tokenizer: TokenizerLike) -> Iterator[object]:
-    """Yield all that a tokenizer's file holds; ask an object with Meta's five members for its texts instead."""
+    """Yield the content of a tokenizer's file; for an object with Meta's five members, the texts of its ids."""
     yield from (type(tokenizer).__name__, tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id)
     wrapped = getattr(tokenizer, "tokenizer", None)
     sentencepiece = getattr(tokenizer, "sp_model", None) or getattr(wrapped, "sp_model", None)
     rust = getattr(wrapped, "backend_tokenizer", None)
     if wrapped is not None:
-        # An id may be told to be special after loading, which decoding then leaves out.
+        # An id may be made special after loading, and decoding then skips it.
         yield canonical([wrapped.chat_template, sorted(wrapped.all_special_ids)])
         yield [getattr(wrapped, key, None) for key in ("split_special_tokens", "add_prefix_space")]
         yield canonical({id: str(token) for id, token in getattr(wrapped, "added_tokens_decoder", {}).items()})
     if rust is not None:
         parts = json.loads(rust.to_str())
-        for name in ("truncation", "padding", "post_processor"):  # plays no part, and changes with use
+        for name in ("truncation", "padding", "post_processor"):  # not used here, and changed by use
             parts.pop(name, None)
         yield canonical(parts)
     elif sentencepiece is not None:

@@ -1,9 +1,9 @@
-"""Lines of JSON, read with the exact text of each value beside the value.
+"""Read lines of JSON: each field's value, and its exact text.
 
 - Values that are only passed on (ids, fields to keep) keep their spelling: `1e-400`, `1.0`, escapes, any depth.
-- Values that are used are read by the book: no NaN, no infinity, no name twice, no nesting beyond `MAX_DEPTH`.
+- Values that are used are read strictly: no NaN, no infinity, no name twice, no nesting beyond `MAX_DEPTH`.
 
-This module knows no field but by its name, and does not judge a value's type.
+This module gives no field a meaning, and does not check a value's type.
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-MAX_DEPTH = 64  # Python's own reader gives up somewhere below 1,000, depending on its caller's depth
+MAX_DEPTH = 64  # Python's own reader fails at a depth below 1,000 that varies with its caller's depth
 
 _STRING = r'"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*"'
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
@@ -23,7 +23,7 @@ _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 
 
 class Field(NamedTuple):
-    """A field's value, and the JSON text that it stood in; the value is `TOO_DEEP` beyond `MAX_DEPTH`."""
+    """A field's value, and its JSON text; the value is `TOO_DEEP` if nested beyond `MAX_DEPTH`."""
 
     value: Any
     json: str
@@ -33,10 +33,10 @@ TOO_DEEP: Any = object()
 
 
 def read_record(line: bytes, used: Collection[str] = ()) -> dict[str, Field]:
-    """The fields of one line, without those that are null. Fields named in `used` are read by the book.
+    """Read the fields of one line, except null ones. Fields named in `used` are read strictly.
 
     Raises:
-        ValueError: the line is not UTF-8, or not one JSON object, or a field's name stands twice in it.
+        ValueError: the line is not UTF-8, or not one JSON object, or names a field twice.
 
     >>> read_record(b'{"id": 1e-400, "prompt": "Hi"}')
     {'id': Field(value=0.0, json='1e-400'), 'prompt': Field(value='Hi', json='"Hi"')}
@@ -51,7 +51,7 @@ def read_record(line: bytes, used: Collection[str] = ()) -> dict[str, Field]:
 
 
 def read_object(text: str, used: Collection[str] = ()) -> dict[str, Field]:
-    """As `read_record`, of text."""
+    """Read the fields of a JSON object from text; see `read_record`."""
     if not text.startswith("{"):
         raise _not_an_object(text)
     fields: dict[str, Field] = {}
@@ -75,7 +75,7 @@ def read_object(text: str, used: Collection[str] = ()) -> dict[str, Field]:
 
 
 def find_value(line: bytes, names: Sequence[str]) -> str | None:
-    """The JSON text of the first of these fields that a line has, whatever else is wrong with the line.
+    """Find the JSON text of the first of these fields that a line has, even if the line is not valid JSON.
 
     >>> find_value(b'{"prompt": "Hi" "task_id": 7, ', ["id", "task_id"])
     '7'
@@ -94,7 +94,7 @@ def find_value(line: bytes, names: Sequence[str]) -> str | None:
             return found[name]
     if '"' not in _TEXT_OR_BRACKET.sub("", text):
         return None
-    for name in names:  # a quotation mark is missing somewhere, which turns texts and the rest inside out
+    for name in names:  # a quotation mark is missing somewhere, so texts and the rest are mixed up
         at = text.find(f'"{name}"')
         value = _value_after(text, at + len(name) + 2) if at >= 0 else None
         if value is not None:
@@ -103,7 +103,7 @@ def find_value(line: bytes, names: Sequence[str]) -> str | None:
 
 
 def _value_after(text: str, at: int) -> str | None:
-    """The JSON text of a value that follows a colon here; None if there is none, or null."""
+    """Return the JSON text of a value after a colon at this place; None if there is none, or null."""
     colon = _COLON.match(text, at)
     end = value_end(text, colon.end()) if colon else -1
     if colon is None or end < 0 or text[end : end + 1] not in ("", ",", "}", "]", " ", "\t", "\r", "\n"):
@@ -113,7 +113,7 @@ def _value_after(text: str, at: int) -> str | None:
 
 
 def value_end(text: str, start: int) -> int:
-    """The end of the JSON value that starts here, at any depth of nesting; -1 where there is none.
+    """Find the end of the JSON value that starts here, at any depth of nesting; -1 if there is none.
 
     >>> value_end('[[1, "]"]], 5', 0)
     10
@@ -145,7 +145,7 @@ def value_end(text: str, start: int) -> int:
 
 
 def nesting(text: str) -> int:
-    """How many brackets are open at most."""
+    """Compute the deepest nesting of brackets."""
     depth = deepest = 0
     for match in _TEXT_OR_BRACKET.finditer(text):
         depth += (match.group() in "[{") - (match.group() in "]}")
@@ -154,12 +154,12 @@ def nesting(text: str) -> int:
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for the same value, whatever its spacing and the order of its names."""
+    """Encode a value as canonical JSON, independent of spacing and the order of names."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def canonical_record(fields: Mapping[str, Field], used: Collection[str]) -> str:
-    """JSON that is the same for the same record; values that are not used count as they are spelled."""
+    """Encode a record as canonical JSON; values that are not used keep their spelling."""
     texts = (
         f"{json.dumps(name)}:{canonical(field.value) if name in used and field.value is not TOO_DEEP else field.json}"
         for name, field in sorted(fields.items())
@@ -183,7 +183,7 @@ def _read_value(text: str, start: int, decoder: json.JSONDecoder, *, shallow: bo
 
 
 def _fail(text: str) -> Any:
-    """Raise the reason why this is no JSON object, in the words of Python's own reader."""
+    """Raise the reason why this is not a JSON object, in the words of Python's own reader."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -227,7 +227,7 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    _finite(text)  # Python's int() has a limit of its own, and a sentence that does not help here
+    _finite(text)  # first, since Python's int() has its own limit, with a message that does not help here
     return int(text)
 
 

@@ -1,7 +1,7 @@
-"""Which requests go together: first an order that keeps shared prefixes and like lengths close, then the best cuts.
+"""Group requests into batches: order them by shared prefix and length, then find the cheapest cuts.
 
-What a batch holds depends on the requests and the limits alone: not on processes, nor on what was answered before.
-This module runs no model; it knows what sharing saves, since `generate` and `score_tokens` read a prefix once a batch.
+A batch's content depends on the requests and the limits alone, not on processes or on earlier answers. This module runs
+no model; its costs assume that `generate` and `score_tokens` forward a common prefix once per batch.
 """
 
 import itertools
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .requests import Request
 
-_FAMILY = 4  # requests are kept together if they share a quarter of what their longest prompt holds
-_CALL = 64  # one forward costs what so many tokens of a prompt cost, and its own tokens beside
+_FAMILY = 4  # keep requests together if they share a quarter of their longest prompt
+_CALL = 64  # fixed cost of one forward, in prompt tokens, in addition to its own tokens
 
 Family = list[Union[Request, "Family"]]
 
@@ -27,8 +27,8 @@ def batches(
     Args:
         requests: in any order; the batches are the same.
         rows, tokens: limits; a request alone may have more tokens.
-        whole_tree: whether prefixes are shared at every branch, as in scoring, or one for the whole batch and one
-            among equal prompts, as in generation.
+        whole_tree: whether a batch shares prefixes at every branch of its tree, as in scoring, or only the prefix
+            common to all and equal prompts, as in generation.
     """
     ordered = prefix_order(requests)
     cuts = _best_cuts(ordered, rows, tokens, whole_tree=whole_tree)
@@ -37,7 +37,7 @@ def batches(
 
 
 def cost(batch: Sequence[Request]) -> int:
-    """Rows x (longest prompt + most new tokens): what a batch takes of cache, and about what it takes of time."""
+    """Rows x (longest prompt + most new tokens): the tokens of cache, and roughly the time, that a batch needs."""
     return len(batch) * (max(len(r.prompt) for r in batch) + max(r.limit for r in batch))
 
 
@@ -45,10 +45,10 @@ def cost(batch: Sequence[Request]) -> int:
 
 
 def prefix_order(requests: Sequence[Request]) -> list[Request]:
-    """Longest prompts first, and those that share a prefix one after the other, families within families.
+    """Order by length, longest first, but keep prompts that share a prefix together, in nested families.
 
-    A family is a set of prompts with a common prefix that holds a quarter of the longest of them; within a family that
-    quarter is of what follows the family's prefix. Smaller shares would scatter the lengths for little.
+    A family is a set of prompts whose common prefix is at least a quarter of the longest of them; in an inner family, a
+    quarter of the part after the outer prefix. Grouping by shorter prefixes would save little and mix lengths.
     """
     ordered = sorted(requests, key=lambda request: (request.prompt, -request.limit, request.index))
     return list(_longest_first(_families(ordered)))
@@ -76,14 +76,14 @@ def _families(ordered: Sequence[Request]) -> Family:
 
 
 def _longest_first(family: Family) -> Iterator[Request]:
-    """A family's requests and inner families, by their longest prompt."""
+    """Yield a family's requests and inner families, those with the longest prompt first."""
     groups = [[unit] if isinstance(unit, Request) else list(_longest_first(unit)) for unit in family]
     for group in sorted(groups, key=lambda g: (-len(g[0].prompt), g[0].prompt, -g[0].limit, g[0].index)):
         yield from group
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two prompts have in common at their beginning.
+    """Return the length of the common prefix.
 
     >>> common_length([1, 5, 6], [1, 5, 7, 8])
     2
@@ -98,11 +98,11 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _best_cuts(ordered: Sequence[Request], rows: int, tokens: int, *, whole_tree: bool) -> list[int]:
-    """Where to cut an ordered list so that the batches cost least in sum, found from the last cut backwards.
+    """Cut an ordered list so that the batches cost least in total (dynamic programming over the end of the last batch).
 
-    Costs are in tokens of a prompt. A batch reads its common prefix once and then each distinct prompt, padded to the
-    longest; then each of its steps costs one token a row and `_CALL`. Where all branches are shared, each edge of the
-    tree of prompts is read once.
+    Costs are in prompt tokens. A batch forwards its common prefix once, then each distinct prompt, padded to the
+    longest; each of its steps costs one token per row, plus `_CALL`. With `whole_tree` a batch costs the tokens of its
+    prompts' tree, plus `_CALL`.
     """
     count = len(ordered)
     lengths = np.array([len(request.prompt) for request in ordered])
@@ -112,13 +112,13 @@ def _best_cuts(ordered: Sequence[Request], rows: int, tokens: int, *, whole_tree
     best: NDArray[np.float64] = np.zeros(count + 1)
     start_of = np.zeros(count + 1, dtype=int)
     for end in range(1, count + 1):
-        # Candidates begin at end - 1, end - 2, ...: everything below is an array over them.
+        # Candidates for the batch's start: end - 1, end - 2, ...; all arrays below have one entry per candidate.
         span = slice(max(0, end - rows), end)
         sizes = np.arange(1, end - span.start + 1)
         longest, most = (np.maximum.accumulate(values[span][::-1]) for values in (lengths, limits))
         inner = np.concatenate(
             [[lengths[end - 1]], shared[span][:0:-1]]
-        )  # shared with the one before, within the batch
+        )  # prefix shared with the prompt before, within the batch
         distinct = np.concatenate([[1], 1 + np.cumsum(new[span][:0:-1])])
         if whole_tree:
             edges = np.cumsum(lengths[span][::-1]) - np.cumsum(np.concatenate([[0], inner[1:]]))

@@ -17,7 +17,7 @@ from .shards import decode
 
 
 class ReorderBuffer:
-    """Writes responses to a stream, each as soon as all before it are there."""
+    """Writes responses to a stream in the input's order, each as soon as all earlier ones are written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -25,7 +25,7 @@ class ReorderBuffer:
         self.next = self.errors = self.tokens = 0
 
     def put(self, responses: Sequence[Response]) -> None:
-        """Write what can be written."""
+        """Add responses, and write those whose turn has come."""
         for response in responses:
             self.held[response.index] = response.json
             self.errors += response.error is not None
@@ -37,12 +37,12 @@ class ReorderBuffer:
 
 
 class Progress:
-    """A bar on standard error, if it is shown: records of all processes, and their tokens per second.
+    """Progress bar on standard error: records of all processes, and their tokens per second.
 
     Args:
-        total, done: how many records there are, and how many were answered before.
-        others: the shards of the other processes, which are read as they grow.
-        shown: whether there is a bar.
+        total, done: number of records, and of those answered before.
+        others: the shards of the other processes, read as they grow.
+        shown: whether to show a bar.
     """
 
     def __init__(self, total: int, done: int, others: Sequence[Path], *, shown: bool) -> None:
@@ -59,7 +59,7 @@ class Progress:
             self.bar.close()
 
     def add(self, responses: Sequence[Response]) -> None:
-        """Count these, and what other processes have added since."""
+        """Count these responses, and those that other processes have added since the last call."""
         if self.bar is None:
             return
         found = [response.tokens for response in responses]
@@ -68,7 +68,7 @@ class Progress:
                 file.seek(offset)
                 for text in file:
                     line = decode(text)
-                    if line is None:  # being written
+                    if line is None:  # not complete yet
                         break
                     self.read[path] += len(text)
                     found.append(max(0, line.tokens))
@@ -78,7 +78,7 @@ class Progress:
 
 
 def standard_bytes(name: str) -> Any:
-    """`stdin` or `stdout` as a stream of bytes, whatever encoding it has as text.
+    """Return `stdin` or `stdout` as a stream of bytes, whatever its text encoding.
 
     Raises:
         Refused: it is closed.
@@ -91,7 +91,7 @@ def standard_bytes(name: str) -> Any:
 
 
 class _Utf8:
-    """Bytes on a stream that takes only text, as in notebooks."""
+    """A stream of bytes over one that takes only text, as in notebooks."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream

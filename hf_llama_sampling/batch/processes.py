@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, what one tells the others, and who gets which batch.
+"""The processes of a run: find out how many there are, wait, broadcast, and assign batches to them.
 
 This module knows neither files nor models.
 """
@@ -20,14 +20,14 @@ _TIMEOUT = timedelta(days=30)  # the processes of a run end hours apart, and acc
 
 
 def process_state() -> PartialState:
-    """accelerate's view of the processes of this run; a single one, unless a launcher started more.
+    """Return accelerate's state of this run's processes; a single one unless a launcher started more.
 
     Raises:
         ValueError: accelerate was set up before for another number of processes than the launcher started.
         ConnectionError: another process ended before all had met.
     """
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    # Without an accelerator accelerate sees the processes only if it is told that they run on the CPU.
+    # Without an accelerator, accelerate recognizes the processes only if it is told cpu=True.
     try:
         state = PartialState(cpu=wanted or not _has_accelerator(), timeout=_TIMEOUT)
     except RuntimeError as error:
@@ -49,7 +49,7 @@ def _has_accelerator() -> bool:
 
 
 def wait_for_all(state: PartialState) -> None:
-    """Wait until every process has come here.
+    """Wait until every process has reached this call.
 
     Raises:
         ConnectionError: one of them ended before.
@@ -97,7 +97,7 @@ def _lost() -> ConnectionError:
 
 
 class LeastLoaded:
-    """Deals work out: each piece to the process with the least so far. Every process computes the same.
+    """Assigns each piece of work to the process with the least load so far; every process computes the same.
 
     >>> schedule = LeastLoaded(2)
     >>> [schedule.assign(cost) for cost in (5, 3, 1, 4)]
@@ -108,7 +108,7 @@ class LeastLoaded:
         self.loads = [0] * processes
 
     def assign(self, cost: int) -> int:
-        """Which process gets a piece of this cost; of equals, the first."""
+        """Return the process for a piece of this cost; among equal loads, the first."""
         process = self.loads.index(min(self.loads))
         self.loads[process] += cost
         return process

@@ -1,4 +1,4 @@
-"""One record becomes a `Request`, or an error `Response`; `InputIndex` knows the records of a file by their content.
+"""Turn a record into a `Request`, or an error `Response`; `InputIndex` identifies a file's records by content.
 
 This module runs no model and writes no file.
 """
@@ -56,7 +56,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class Refused(ValueError):
-    """The run is refused, or stopped by `strict`, for a reason that every process of it sees alike."""
+    """The run is refused, or stopped by `strict`; every process raises it for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Request:
     """A record that can be answered.
 
     `index` counts the input's lines from 0; `id` and `kept` (fields to copy) are JSON text; `limit` is the most new
-    tokens that fit; `named` are the ids whose logprobs are asked for, and `stop` the strings that end the answer, which
-    is a message where the prompt is a dialog.
+    tokens that fit; `named` are the ids to score, and `stop` the strings that end the answer, which is a message if
+    `is_dialog`.
     """
 
     index: int
@@ -83,7 +83,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """A line of the output: JSON without a newline, the tokens it cost, and for an error record its sentence."""
+    """A line of the output: JSON without a newline, its number of tokens, and the message of an error record."""
 
     index: int
     json: bytes
@@ -92,17 +92,17 @@ class Response:
 
 
 def respond(request: Request, fields: dict[str, Any], tokens: int) -> Response:
-    """The response to a request: its id, these fields, and what is kept of the record."""
+    """Build the response to a request: its id, these fields, and the record's kept fields."""
     return Response(request.index, _encode(request.id, fields, request.kept), tokens)
 
 
 def respond_with_error(index: int, id_json: str, message: str) -> Response:
-    """The response to a record that cannot be answered."""
+    """Build the response to a record that cannot be answered."""
     return Response(index, _encode(id_json, {"error": message, "line": index + 1}), 0, message)
 
 
 def _encode(id_json: str, fields: dict[str, Any], kept: tuple[tuple[str, str], ...] = ()) -> bytes:
-    """One line of JSON, readable where UTF-8 can hold it. JSON has no infinity: such logprobs become null."""
+    """Encode a line of JSON, unescaped if UTF-8 can hold it. JSON has no infinity: such logprobs become null."""
     try:
         text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -110,7 +110,7 @@ def _encode(id_json: str, fields: dict[str, Any], kept: tuple[tuple[str, str], .
     more = "".join(f", {json.dumps(name)}: {value}" for name, value in kept)
     try:
         return f'{{"id": {id_json}, {text[1:-1]}{more}}}'.encode()
-    except UnicodeEncodeError:  # a lone surrogate, in a sentence about one or in a tokenizer's text
+    except UnicodeEncodeError:  # a lone surrogate, in an error message or in a tokenizer's text
         return f'{{"id": {id_json}, {json.dumps(json.loads(text))[1:-1]}{more}}}'.encode()
 
 
@@ -123,9 +123,9 @@ def _finite(value: Any) -> Any:
 
 
 class RecordReader:
-    """Reads records for one model: checks them, and makes token ids of their prompts.
+    """Reads records for one model: checks them, and encodes their prompts.
 
-    `unused` collects the names of fields that play no part and are not kept.
+    `unused` collects the names of fields that have no meaning here and are not kept.
     """
 
     def __init__(self, llama: Llama, settings: RunSettings) -> None:
@@ -139,7 +139,7 @@ class RecordReader:
         self.unused: set[str] = set()
 
     def request(self, index: int, line: bytes, repeat: int) -> Request | Response:
-        """The request that a line makes, or the error that answers it; `repeat` equal records stand before it."""
+        """Read a line as a request, or an error response; `repeat` counts the equal records before it."""
         try:
             record = self._fields(line)
             return self._request(index, record, repeat)
@@ -147,7 +147,7 @@ class RecordReader:
             return respond_with_error(index, find_value(line, self.id_names) or "null", str(error))
 
     def content(self, line: bytes) -> bytes:
-        """Spell a record in one way, whatever its spacing and the order of its fields; other lines stay as they are."""
+        """Normalize a record's spacing and the order of its fields, for comparison; keep other lines unchanged."""
         try:
             return canonical_record(self._fields(line), self.used).encode()
         except ValueError:
@@ -172,7 +172,7 @@ class RecordReader:
             raise ValueError(f"a prompt must fit max_seq_len of {most} tokens, got {len(prompt)}: shorten or split it")
         limit, seed = self._limit(values), values.get("seed")
         if seed is None:
-            # 53 bits, which every JSON reader keeps.
+            # 53 bits, which every JSON reader preserves.
             drawn_from = {name: field for name, field in record.items() if name not in OUTPUTS}
             seed = hash64(self.settings.seed, canonical_record(drawn_from, self.used), repeat) >> 11
         return Request(
@@ -238,12 +238,12 @@ class RecordReader:
         return _one_of_aliases(given, numbers, self.settings.max_gen_len)
 
     def _stop(self, values: dict[str, Any]) -> tuple[str, ...]:
-        """The record's own stop strings, else the run's."""
+        """Return the record's own stop strings, else the run's."""
         given = {name: values[name] for name in STOPS if name in values}
         return _one_of_aliases(given, {check_strings(value) for value in given.values()}, self.settings.stop)
 
     def _named(self, values: dict[str, Any]) -> tuple[int, ...]:
-        """The ids whose logprobs a record asks for: its own, else the run's."""
+        """Return the ids to score in a record: its own, else the run's."""
         given = values.get("logprobs_of")
         return self.settings.logprobs_of if given is None else named_in_vocabulary(given, self.llama)
 
@@ -295,7 +295,7 @@ class RecordReader:
         return self._embedded(name, self.llama.encode_dialog(dialog))
 
     def _embedded(self, name: str, ids: list[int]) -> list[int]:
-        """The ids of a text, which a tokenizer with added tokens may not have from the model."""
+        """Check a text's ids: tokens that were added to the tokenizer may be unknown to the model."""
         beyond = next((token for token in ids if token >= self.vocab_size), None)
         if beyond is not None:
             raise ValueError(
@@ -306,7 +306,7 @@ class RecordReader:
 
 
 def named_in_vocabulary(given: Any, llama: Llama) -> tuple[int, ...]:
-    """The ids of one list of ids and of texts of one token."""
+    """Convert a list of ids, and of texts of one token, to ids."""
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise TypeError(f"logprobs_of must be a list of token ids or texts of one token, got {given!r}")
     most = vocab_size_of(llama.model) - 1
@@ -314,7 +314,7 @@ def named_in_vocabulary(given: Any, llama: Llama) -> tuple[int, ...]:
 
 
 def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:
-    """Replace contents that are lists of text parts by one text, a line for each part."""
+    """Replace contents that are lists of text parts by one text, with a line per part."""
     messages = []
     for i, message in enumerate(dialog):
         parts = message.get("content")
@@ -338,7 +338,7 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _one_of_aliases(given: dict[str, Any], values: set[Value], default: Value) -> Value:
-    """The value of a setting with several names, given by some of them."""
+    """Return the value of a setting that has several names, of which some are given."""
     if len(values) > 1:
         raise ValueError(f"{' and '.join(given)} mean the same and differ: give one of them")
     return values.pop() if values else default
@@ -354,20 +354,20 @@ def _misspelled(name: str) -> str | None:
 
 
 def hash64(*parts: object) -> int:
-    """64 bits that depend on every part, and are the same everywhere and always."""
+    """Hash the parts to 64 bits, the same on every machine and in every process."""
     text = b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 class InputIndex:
-    """A first pass over the input: how many records there are, and a key for each. Empty lines at the end do not count.
+    """First pass over the input: counts the records, and gives each a key. Empty lines at the end do not count.
 
-    `keys` (uint64, one per record) depends on a record's content, the run's settings, and how many equal ones come
+    `keys` (uint64, one per record) depends on a record's content, the run's settings, and the number of equal records
     before it (`repeats`, int32). Nothing depends on line numbers.
 
     Args:
         file: the input, seekable.
-        reader: says what a line means.
+        reader: normalizes lines.
         settings: the run's, model included: other settings give other keys.
 
     Raises:
@@ -399,10 +399,10 @@ class InputIndex:
         self.stamp = _stamp(file)
 
     def check_unchanged(self, file: BinaryIO) -> None:
-        """Check that nobody has written to the input since the first pass.
+        """Check that the input's size and time are those of the first pass.
 
         Raises:
-            ValueError: it is not as it was in the first pass.
+            ValueError: they are not.
         """
         if _stamp(file) != self.stamp:
             raise ValueError("the input was changed during the run: start again with a file that stays as it is")
@@ -411,7 +411,7 @@ class InputIndex:
         return len(self.keys)
 
     def find(self, key: int) -> int | None:
-        """The index of the record with this key, or None if there is none."""
+        """Return the index of the record with this key, or None."""
         position = int(np.searchsorted(self.sorted, np.uint64(key)))
         found = position < len(self.sorted) and int(self.sorted[position]) == key
         return int(self.order[position]) if found else None
@@ -423,7 +423,7 @@ def _stamp(file: BinaryIO) -> tuple[int, int]:
 
 
 def _repeats(digests: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """For each value how many equal ones stand before it: [7, 5, 7, 7] -> [0, 0, 1, 2]."""
+    """Count the equal values before each value: [7, 5, 7, 7] -> [0, 0, 1, 2]."""
     order = np.argsort(digests, kind="stable")
     ranks = np.arange(len(order))
     ordered = digests[order]

@@ -1,9 +1,8 @@
 """JSONL in, JSONL out: many prompts through one model, on one process or many, with nothing lost and nothing twice.
 
-The input is read in windows, and each window is cut into batches (`ordering`). What a batch holds depends on the input
-and the batch limits alone: not on the number of processes, nor on what an earlier run has answered already. Together
-with one stream of random numbers per prompt that makes the output the same, byte for byte, however often a run was
-killed and taken up.
+The input is read in windows, and each window is cut into batches (`ordering`). A batch's content depends on the input
+and the batch limits alone, not on the number of processes or on records that an earlier run has answered. With one
+random stream per prompt, this makes the output the same, byte for byte, however often a run was killed and resumed.
 
 This module spreads no model over devices (`Llama.build` does), and it never looks at logits.
 """
@@ -191,7 +190,7 @@ def _rows(llama: Llama, batch_size: int | None) -> int:
 
 
 class Job(NamedTuple):
-    """The work of a run and its settings; the same in every process but for `state`."""
+    """The model and the settings of a run; the same in every process except for `state`."""
 
     llama: Llama
     settings: RunSettings
@@ -201,7 +200,7 @@ class Job(NamedTuple):
     engine: EngineName = "batches"
 
     def check(self, input: object, output: object) -> None:
-        """Refuse what several processes cannot do."""
+        """Refuse models and streams that several processes cannot use."""
         if self.state.num_processes == 1:
             return
         if (getattr(self.llama.model, "tp_size", None) or 1) > 1:
@@ -221,10 +220,10 @@ class Job(NamedTuple):
 
 
 class Worker:
-    """One process's way through the input.
+    """Answers one process's share of the input.
 
     Args:
-        job: what to do.
+        job: the model and the settings.
         file: the input, seekable. It is read once here, for the index.
     """
 
@@ -243,11 +242,11 @@ class Worker:
 
         Args:
             done: one byte per record.
-            keep: is given the responses of each batch.
+            keep: stores the responses of each batch.
             progress: counts them.
 
         Raises:
-            Refused: with `strict`, a record is wrong; every process comes to the same.
+            Refused: with `strict`, a record is wrong; every process raises the same.
             ValueError: with `strict`, a record could not be answered.
         """
         state, limits = self.job.state, self.job.limits
@@ -274,7 +273,7 @@ class Worker:
                 self._put(responses, keep, progress)
 
     def _read(self, start: int, lines: list[bytes]) -> tuple[list[Request], list[Response]]:
-        """A window's requests, and the responses to its wrong records."""
+        """Read a window: its requests, and the responses to its wrong records."""
         requests, wrong = [], []
         for index, line in enumerate(lines, start):
             result = self.reader.request(index, line, int(self.index.repeats[index]))
@@ -298,7 +297,7 @@ class Worker:
 
 
 def _answers(job: Job) -> Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]:
-    """What answers batches, by the engine that was asked for."""
+    """Return the function that answers batches, for the engine that was asked for."""
     backoff = OutOfMemoryBackoff(Engine(job.llama, job.settings).run)
     if job.engine == "continuous":
         return ContinuousEngine(job.llama, job.settings, job.limits, backoff.responses).responses
@@ -322,7 +321,7 @@ def _to_stream(worker: Worker) -> Summary:
 def _to_file(worker: Worker, directory: RunDirectory, existing: Existing) -> Summary:
     index, state, manifest = worker.index, worker.job.state, worker.manifest
     with contextlib.ExitStack() as stack:
-        # Only the main process looks around and decides: others may see a network file system as it was a minute ago.
+        # Only the main process inspects the files and decides: others may see an outdated network file system.
         own: list[Shard] = []
 
         def prepare() -> tuple[dict[str, Any], bytes | Summary]:
@@ -362,7 +361,7 @@ def _to_file(worker: Worker, directory: RunDirectory, existing: Existing) -> Sum
 
 @contextlib.contextmanager
 def _open_input(path: str | os.PathLike[str], directory: RunDirectory | None) -> Iterator[BinaryIO]:
-    """The input as a file that can be read more than once; a stream is copied into a temporary file.
+    """Open the input as a file that can be read more than once; copy a stream into a temporary file.
 
     Raises:
         Refused: it cannot be read, or is a file that the run would write.
@@ -403,21 +402,21 @@ def _copied(stream: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Llama]) -> int:
-    """The command's exit status: 0 where all records were answered, 1 where some became errors, 2 where it was refused.
+    """Run the command; return its exit status: 0 if all records were answered, 1 if some became errors, 2 if refused.
 
     Args:
         arguments: those of the command `batch`, see `cli`.
-        load: makes the `Llama` of them; `device_map` is set to this process's GPU where there are several processes.
+        load: makes a `Llama` from them; with several processes, `device_map` is this process's GPU.
     """
     _occupy_standard_descriptors()
     state = process_state()
     if state.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        # Set by `accelerate launch` for several processes, which it starts on CPU, and on one GPU, only if forced to.
+        # `accelerate launch` was asked for several processes; on CPU or one GPU it starts them only with --multi_gpu.
         logger.warning("accelerate launch started a single process: with --multi_gpu it starts all, on CPU too")
     try:
         summary = _run_with(arguments, load, state)
     except Refused as error:
-        # Everyone comes here; the main one speaks, and the others do not leave before, or the launcher would end it.
+        # Every process gets here. The main one prints; the others wait, or the launcher would end it before it has.
         if state.is_main_process:
             say(f"hf-llama-sampling batch: {error}")
         with contextlib.suppress(ConnectionError):
@@ -435,7 +434,7 @@ def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespac
 
 
 def _occupy_standard_descriptors() -> None:
-    """Give the numbers of closed standard streams to /dev/null: libraries write to 1 and 2, which may be our files."""
+    """Open /dev/null for closed standard streams: else our files may get descriptors 1 and 2, where libraries write."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

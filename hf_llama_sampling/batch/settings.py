@@ -1,4 +1,4 @@
-"""The settings of a run as frozen values: checked once, where `run` is called, and read everywhere.
+"""The settings of a run as frozen values, checked once when `run` is called.
 
 This module knows neither files nor models.
 """
@@ -16,12 +16,12 @@ SEED_BOUND = 2**64
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Which fields of a record hold what, where they have names of their own.
+    """The caller's names for fields of a record.
 
     Args:
         prompt: the field with the prompt; `prompt`, `prompt_tokens` or `messages` if None.
         id: the field with the id; `id` or one of its usual names if None.
-        keep: fields to copy into the response as they are; True for all that no rule names.
+        keep: fields to copy into the response unchanged; True for all fields without a meaning here.
 
     Raises:
         TypeError: a name is not a text.
@@ -49,7 +49,7 @@ class FieldNames:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that the responses of a run depend on, beside its input, model and tokenizer.
+    """All settings that the responses of a run depend on, besides its input, model and tokenizer.
 
     Args:
         draw: temperature and `top_p` of records without their own.
@@ -57,7 +57,7 @@ class RunSettings:
         seed: the run's; a record's seed is derived from it and from the record.
         score: whether to score the prompts and generate nothing.
         logprobs, prompt_logprobs: whether to return them.
-        top_logprobs: how many best tokens to return at each position.
+        top_logprobs: number of best tokens to return at each position.
         logprobs_of: ids to return with logprob and rank at each position, for records without their own.
         sampling_logprobs: whether to return logprobs after temperature and after the nucleus, with its mass.
         stop: strings that end an answer, of records without their own.
@@ -94,7 +94,7 @@ class RunSettings:
             raise ValueError("scoring generates nothing that could have logprobs: the prompt's are always returned")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings that play a part, by the names that `run` gives them, for the manifest."""
+        """Return the settings in effect for the manifest, under the names of `run`'s arguments."""
         names = {"prompt_field": self.fields.prompt, "id_field": self.fields.id, "keep_fields": self.fields.keep}
         named = {name: list(value) if isinstance(value, tuple) else value for name, value in names.items() if value}
         common: dict[str, Any] = {
@@ -121,12 +121,12 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How many records go together.
+    """Limits on the size of a batch, and of a window.
 
     Args:
         rows: most rows in a batch.
         tokens: most tokens in a batch, rows x (longest prompt + most new tokens); a row alone may have more.
-        window: how many records are ordered together.
+        window: number of records that are ordered together.
     """
 
     rows: int
@@ -140,7 +140,7 @@ class BatchLimits:
 
 
 def check_seed(value: Any) -> int:
-    """A seed: an int from 0 to 2**64 - 1."""
+    """Check a seed: an int from 0 to 2**64 - 1."""
     return check_int("seed", value, least=0, most=SEED_BOUND - 1)
 
 

@@ -1,7 +1,7 @@
 """Shards: files of responses, one per process, to which whole batches are appended, and which survive any end of a run.
 
 A line is ``key crc left tokens json``, where `left` counts the lines of its batch that follow. A batch is on the disk
-when `append` returns; of one that was cut short, `repair` removes what is left. This module knows one file at a time.
+when `append` returns; `repair` removes a batch that was cut short. This module handles one file at a time.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from .requests import Response
 
 try:
     import fcntl
-except ImportError:  # not on Windows; two runs into one output are then not told from one
+except ImportError:  # on Windows, two runs into one output are not detected
     fcntl = None  # type: ignore[assignment]
 
 ERROR = -1  # in place of a token count
@@ -32,13 +32,13 @@ class ShardLine(NamedTuple):
     json: bytes
 
     def encode(self) -> bytes:
-        """The line with its checksum and newline."""
+        """Encode the line with its checksum and newline."""
         key, body = b"%016x" % self.key, b"%d %d %s" % (self.left, self.tokens, self.json)
         return b"%s %08x %s\n" % (key, zlib.crc32(key + body), body)
 
 
 def decode(line: bytes) -> ShardLine | None:
-    """A shard's line, or None if it is incomplete or changed."""
+    """Decode a shard's line; None if it is incomplete or changed."""
     pieces = line.split(b" ", 2)
     try:
         key, body = pieces[0], pieces[2][:-1]
@@ -51,10 +51,10 @@ def decode(line: bytes) -> ShardLine | None:
 
 
 class Shard:
-    """A shard, open for one process to append to, and locked until it closes it or ends, however it ends.
+    """A shard, open for appending by one process, and locked until the process closes it or ends in any way.
 
     Args:
-        path: the file; made if there is none.
+        path: the file; created if missing.
         mode: permission bits of a new file, before the umask.
 
     Raises:
@@ -77,7 +77,7 @@ class Shard:
         self.file.close()
 
     def append(self, keys: Sequence[int], responses: Sequence[Response]) -> None:
-        """Keep the responses of a batch, all or none of them: they are on the disk when this returns.
+        """Append the responses of a batch, all or none: they are on the disk when this returns.
 
         Raises:
             OSError: they could not be written, or the file has been removed.
@@ -104,12 +104,12 @@ def _lock(file: Any) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)  # else the file system has no locks
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # other errors: the file system has no locks
     return True
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, ShardLine]]:
-    """The lines of a repaired shard, each with its offset.
+    """Yield the lines of a repaired shard, each with its offset.
 
     Raises:
         ValueError: the shard is corrupted.
@@ -125,7 +125,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, ShardLine]]:
 
 
 def read_line_at(path: Path, file: BinaryIO, offset: int) -> ShardLine:
-    """The line at an offset.
+    """Read the line at an offset.
 
     Raises:
         ValueError: the shard is corrupted there.
@@ -138,10 +138,10 @@ def read_line_at(path: Path, file: BinaryIO, offset: int) -> ShardLine:
 
 
 def repair(path: Path) -> None:
-    """Cut off what follows the last whole batch: the torn end that a killed process or a full disk leaves.
+    """Truncate after the last whole batch: a killed process or a full disk may leave an incomplete one.
 
     Raises:
-        ValueError: what is broken is not the end.
+        ValueError: a line before the end is broken.
     """
     whole_until = offset = 0
     broken: int | None = None
@@ -169,7 +169,7 @@ def _corrupted(path: Path, offset: int) -> ValueError:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Put the system's errors into one sentence with a way out; let our own pass."""
+    """Reword the system's errors in one sentence with a way out; pass our own on."""
     try:
         yield
     except OSError as error:

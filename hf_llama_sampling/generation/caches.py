@@ -1,8 +1,8 @@
-"""Caches of a prefix, handed to several continuations: rows repeated, taken apart and cut.
+"""Share a prefix's cache among continuations: repeat, select, lay out and cut its rows.
 
-Only caches are shared whose layers grow by concatenation, so that a continuation leaves the prefix's tensors as they
-are: transformers' `DynamicCache`, with or without sliding windows. All others (static, quantized, offloaded, recurrent
-states, a model's own class) are left alone. What this module does not do: it decides nothing about prompts.
+Only caches whose layers grow by concatenation can be shared, since a continuation must leave the prefix's tensors
+unchanged: transformers' `DynamicCache`, with or without sliding windows. Others (static, quantized, offloaded,
+recurrent states, a model's own class) are not shared. What this module does not do: it decides nothing about prompts.
 """
 
 import copy
@@ -14,7 +14,7 @@ import transformers.cache_utils as cache_utils
 from torch import Tensor
 from transformers import DynamicCache
 
-# `torch.cat` makes their new keys and values, so old ones may be shared. Not all releases of transformers have all.
+# These layers make new keys and values with `torch.cat`, so old ones may be shared. Releases differ in which exist.
 _GROWING = tuple(
     getattr(cache_utils, name)
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
@@ -36,20 +36,17 @@ def can_be_shared(cache: Any) -> bool:
 
 
 def repeat_rows(cache: Any, rows: int) -> Any:
-    """A cache (1 row) for so many continuations: views of the same tensors, which `update` does not write to."""
+    """Expand a cache of 1 row to `rows` rows: views of the same tensors, which `update` does not write to."""
     return _with_tensors(cache, lambda states: states.expand(rows, *states.shape[1:]))
 
 
 def take_row(cache: Any, row: int) -> Any:
-    """One row of a cache as a cache: views of its tensors."""
+    """Return one row of a cache as a cache: views of its tensors."""
     return _with_tensors(cache, lambda states: states[row : row + 1])
 
 
 def select_rows(cache: Any, rows: Tensor) -> Any:
-    """A cache of these rows of a cache, copied: a row may be taken several times. `rows` is (N,).
-
-    Recurrent states are copied too, where a cache has any.
-    """
+    """Select rows (N,) of a cache, each as often as it is named; a cache that cannot be shared is changed in place."""
     if can_be_shared(cache):
         return _with_tensors(cache, lambda states: states.index_select(0, rows.to(states.device)))
     cache.reorder_cache(rows)
@@ -57,12 +54,12 @@ def select_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def lay_out(cache: Any, places: Tensor, config: Any) -> Any:
-    """A cache for rows that hold the columns of a prefix behind padding of their own.
+    """Lay out a prefix's cache behind the padding of each row of a batch.
 
     Args:
         cache: the prefix's (1 row), without windows.
-        places: (B, T), for each row and column the column of the prefix that stands there.
-        config: the model's; layers with a sliding window take what it covers.
+        places: (B, T), for each row and column, the prefix's column to put there.
+        config: the model's; layers with a sliding window keep the columns that it covers.
     """
     laid_out = DynamicCache(config=config)
     straight = bool((places == places[:1]).all())
@@ -78,19 +75,19 @@ def lay_out(cache: Any, places: Tensor, config: Any) -> Any:
 
 
 def row_states(cache: Any, row: int, span: slice) -> LayerStates:
-    """A row's keys and values in some columns: views of a cache's tensors, which `update` does not write to."""
+    """Return a row's keys and values in some columns: views, which `update` does not write to."""
     kept = [_tensors(layer) for layer in cache.layers]
     return [(pair[0][row : row + 1, :, span], pair[1][row : row + 1, :, span]) if pair else None for pair in kept]
 
 
 def join_rows(rows: Sequence[LayerStates], offsets: Sequence[int], columns: int, config: Any) -> Any:
-    """A cache of so many columns, (len(rows), heads, columns, size) a layer, of texts that were read one by one.
+    """Join texts that were prefilled one by one to a cache of (len(rows), heads, columns, size) a layer.
 
     Args:
-        rows: each row's states, those of the columns that it fills at least.
-        offsets: the column in which each row's text begins; before it stand zeros, which a mask must hide.
+        rows: each row's states, of at least the columns that it fills.
+        offsets: the column in which each row's text begins; a mask must hide the zeros in the columns before it.
         columns: T.
-        config: the model's; layers with a sliding window take what it covers.
+        config: the model's; layers with a sliding window keep the columns that it covers.
     """
     joined = DynamicCache(config=config)
     for index, layer in enumerate(zip(*rows, strict=True)):
@@ -106,14 +103,14 @@ def join_rows(rows: Sequence[LayerStates], offsets: Sequence[int], columns: int,
 
 
 def _placed(states: Tensor, offset: int, columns: int) -> Tensor:
-    """(1, heads, columns, size): states (1, heads, T, size) from a column on."""
+    """Shift states (1, heads, T, size) to start at column `offset`; return (1, heads, columns, size)."""
     shown = states[..., : max(0, columns - offset), :]
     missing = columns - shown.shape[-2]
     return torch.nn.functional.pad(shown, (0, 0, missing, 0)) if missing else shown
 
 
 def drop_last(cache: Any, columns: int) -> Any:
-    """A cache without its last columns; see `can_drop`."""
+    """Return a cache without its last columns; see `can_drop`."""
     shorter = _with_tensors(cache, lambda states: states)
     if columns:
         shorter.crop(-columns)
@@ -121,7 +118,7 @@ def drop_last(cache: Any, columns: int) -> Any:
 
 
 def can_drop(cache: Any) -> bool:
-    """Whether the last columns can be dropped: a sliding window that is full has lost those that would come back."""
+    """Whether the last columns can be dropped. Not if a sliding window is full: it has lost the columns to restore."""
     return all(
         not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
         for layer in cache.layers
@@ -129,19 +126,19 @@ def can_drop(cache: Any) -> bool:
 
 
 def window_of(cache: Any) -> int | None:
-    """The shortest sliding window of a cache's layers, or None where there is none."""
+    """Return the shortest sliding window of a cache's layers, or None if there is none."""
     windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
     return min(windows, default=None)
 
 
 def bytes_per_column(cache: Any) -> int:
-    """What one column of one row takes, rounded up, as long as no sliding window is full."""
+    """Compute the bytes of one column of one row, rounded up, if no sliding window is full."""
     tensors = [states for layer in cache.layers for states in _tensors(layer)]
     return sum(-(-states.numel() * states.element_size() // (states.shape[0] * states.shape[-2])) for states in tensors)
 
 
 def _with_tensors(cache: Any, change: Any) -> Any:
-    """A cache of the same kind with its tensors changed; the given one stays as it is."""
+    """Copy a cache with `change` applied to its tensors; the given cache is not changed."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in other.layers:

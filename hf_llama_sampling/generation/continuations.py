@@ -1,4 +1,4 @@
-"""`score_continuations`: what a model thinks of given continuations of given contexts.
+"""`score_continuations`: score given continuations of given contexts.
 
 What this module does not do: it generates nothing, and sees no text.
 """
@@ -45,7 +45,7 @@ def continuations_scored(
     chunk_bytes: int,
     cache_bytes: int,
 ) -> LlamaContinuationOutput:
-    """The work of `LlamaGenerationMixin.score_continuations`."""
+    """Implement `LlamaGenerationMixin.score_continuations`."""
     chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
     cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
     starts = read_contexts(contexts, bos_id(model, bos), vocab_size_of(model))
@@ -69,7 +69,7 @@ def continuations_scored(
 
 
 def bos_id(model: Any, bos: int | bool | None) -> int | None:
-    """The id that an empty context stands for: one given, or with True the checkpoint's own."""
+    """Read `bos`, the id that replaces an empty context: an id, or True for the checkpoint's own."""
     if bos is None or bos is False:
         return None
     if bos is not True:
@@ -152,7 +152,7 @@ def read_continuations(continuations: Any, contexts: int, vocab_size: int) -> li
 
 
 def _listed(values: Any, rule: str) -> list[Any]:
-    """The items of a list, tuple, array, tensor, column or generator."""
+    """List the items of a list, tuple, array, tensor, column or generator."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{rule}, got text: encode it with the tokenizer first")
     listed = to_list(values)
@@ -167,7 +167,7 @@ def _is_nested(values: Sequence[Any]) -> bool:
 
 
 def _ids(given: Any, where: str, vocab_size: int) -> list[int]:
-    """One context or continuation as a list of ids."""
+    """Read one context or continuation as a list of ids."""
     listed = _listed(given, f"{where} must be a list of token ids")
     try:
         ids = [operator.index(token) for token in listed]
@@ -186,7 +186,7 @@ def _ids(given: Any, where: str, vocab_size: int) -> list[int]:
 
 
 def _check_fit(contexts: list[list[int]], continuations: list[list[list[int]]], most: int | None) -> None:
-    """A text must fit the model's context; its last token is never an input, so it may stand behind it."""
+    """Refuse a text longer than the model's context, except for its last token, which is never forwarded."""
     if most is None:
         return
     for row, (context, listed) in enumerate(zip(contexts, continuations, strict=True)):

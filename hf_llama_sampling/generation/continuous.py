@@ -1,8 +1,8 @@
 """Continuous batching with LLAMA2's rule: requests come and go while others are in flight, and none changes another's.
 
 transformers' loop does the scheduling, the paged cache and the prefix sharing; `request_manager` gives each request
-LLAMA2's rule and a stream of its own. What this module does not do: it runs no loop, and it needs transformers' classes
-for continuous batching only when it is called.
+LLAMA2's rule and its own random stream. What this module does not do: it runs no loop, and it imports transformers'
+classes for continuous batching only when it is called.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from .probe import Probe, equal_up_to_rounding
 if TYPE_CHECKING:
     from .request_manager import LlamaBatchingManager, ManagerSettings
 
-# Options of a generation config that mean here what they mean in `generate`.
+# Options of a generation config with the same meaning as in `generate`.
 _TAKEN = {
     *("max_new_tokens", "max_length", "num_return_sequences", "do_sample", "temperature", "top_p", "eos_token_id"),
     *("pad_token_id", "bos_token_id", "transformers_version", "renormalize_logits"),
 }
 # On CPU transformers would take most of the memory for the cache, so its size follows from the requests.
 CPU_PAGE, CPU_REQUESTS, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16, 16_384, 256
-# There each token of a step is compared with the keys of all requests in flight, so that long ones had better be few.
+# On CPU each token of a step is compared with the keys of all requests in flight, so run few long ones at a time.
 _KEYS_IN_FLIGHT = 1536
 
 
@@ -201,7 +201,7 @@ class LlamaContinuousMixin:
 
 
 def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, Any], method: str) -> Call:
-    """The call's options, and refusals of what has no place in continuous batching, or in this release."""
+    """Sort the call's options; refuse those that continuous batching, or this release, does not support."""
     _manager_module()
     refuse_encoder_decoder(model)
     refuse_invocation_tokens(model)
@@ -225,12 +225,12 @@ def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, An
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
-    """Whether an option has a value with which it does nothing."""
+    """Whether an option's value has no effect."""
     return value is None or value is False or (name in NO_EDIT and value == NO_EDIT[name]) or name == "use_cache"
 
 
 def _manager_module() -> Any:
-    """`request_manager`, where transformers has the classes that it needs."""
+    """Import `request_manager`; refuse a transformers release without the classes that it needs."""
     try:
         return importlib.import_module(".request_manager", __package__)
     except (ImportError, AttributeError) as error:
@@ -253,7 +253,7 @@ def _manager_settings(
     draw: tuple[float, float] = (0.0, 1.0),
     most: Any = None,
 ) -> "ManagerSettings":
-    """What holds for all requests, and the draw and the limit of those that do not say otherwise."""
+    """Read the settings of all requests, and the defaults of temperature, top_p and the limit."""
     total = resolve_alias("max_seq_len", max_seq_len, "max_length", call.option("max_length", beside=max_seq_len))
     copies = first_not_none(call.option("num_return_sequences"), 1)
     return _manager_module().ManagerSettings(  # type: ignore[no-any-return]
@@ -268,19 +268,19 @@ def _manager_settings(
 
 
 def _logprobs(asked: bool | None, config: Any) -> bool:
-    """Whether raw logprobs are wanted, from the call or from transformers' config."""
+    """Whether to return raw logprobs, from the call or from transformers' config."""
     return bool(getattr(config, "return_logprobs", False)) if asked is None else check_bool("logprobs", asked)
 
 
 def requests_in_flight(reach: Sequence[int]) -> int:
-    """How many requests of such lengths had better be in flight on a CPU."""
+    """Choose how many requests of these lengths to run at a time on a CPU."""
     return max(4, min(2 * CPU_REQUESTS, _KEYS_IN_FLIGHT * len(reach) // sum(reach)))
 
 
 def _make_manager(
     model: Any, config: Any, hints: Any, settings: "ManagerSettings", *, reach: Sequence[int] = ()
 ) -> "LlamaBatchingManager":
-    """A manager, or the one that an earlier call kept."""
+    """Make a manager, or reuse the one that an earlier call kept."""
     module = _manager_module()
     if config is not None and not isinstance(config, transformers.ContinuousBatchingConfig):
         raise TypeError(
@@ -304,7 +304,7 @@ def _make_manager(
 
 
 def _requests_stay_apart(model: Any, module: Any) -> bool:
-    """Try it: two greedy requests, in small steps of one thread, have the logprobs that `generate` finds for each."""
+    """Try it out: run two greedy requests together in small steps, and compare their logprobs with `generate`'s."""
     prompts = [[token % vocab_size_of(model) for token in (1, 38, 75, 112, 149)[:length]] for length in (5, 3)]
     settings = module.ManagerSettings(0.0, 1.0, 4, None, (), 1, True)
     config = transformers.ContinuousBatchingConfig(
@@ -317,11 +317,11 @@ def _requests_stay_apart(model: Any, module: Any) -> bool:
         for prompt, result in zip(prompts, found, strict=True):
             alone = model.generate([prompt], max_gen_len=4, temperature=0, logprobs=True, eos_token_id=[])
             same = [token == wanted for token, wanted in zip(result.generated_tokens, alone.tokens[0], strict=True)]
-            steps = (same.index(False) if False in same else 3) + 1  # where tokens part, both are as probable
+            steps = (same.index(False) if False in same else 3) + 1  # tokens that differ must be equally probable
             mine, other = torch.tensor(result.logprobs[:steps]), torch.tensor(alone.logprobs[0][:steps])
             if not equal_up_to_rounding(mine, other, model.dtype):
                 return False
-    except Exception:  # whatever a model says to pages, it does not take them
+    except Exception:  # whatever the error, the model cannot use pages
         return False
     finally:
         model.train(was_training)
@@ -329,7 +329,7 @@ def _requests_stay_apart(model: Any, module: Any) -> bool:
 
 
 def _kept_manager(model: Any, kept: Any, module: Any, config: Any, settings: Any) -> "LlamaBatchingManager":
-    """The manager that an earlier call kept, with the settings of this one."""
+    """Give the manager that an earlier call kept the settings of this call."""
     if not isinstance(kept, module.LlamaBatchingManager) or any(
         (
             config is not None and config != kept.asked,
@@ -347,9 +347,9 @@ def _kept_manager(model: Any, kept: Any, module: Any, config: Any, settings: Any
 
 
 def _size_for_cpu(model: Any, config: Any, hints: Any, reach: Sequence[int]) -> Any:
-    """The config, with sizes that fit the requests where the model is on a CPU and nobody gave any.
+    """Return the config; on CPU, fill in sizes that the caller left out, to fit the requests.
 
-    `reach` holds the length that each request may come to, if that is known.
+    `reach` holds the most tokens of each request, prompt included, if known.
     """
     asked = transformers.ContinuousBatchingConfig(page_size=CPU_PAGE) if config is None else config
     if model.device.type != "cpu" or asked.max_memory_percent is not None:
@@ -371,7 +371,7 @@ def _size_for_cpu(model: Any, config: Any, hints: Any, reach: Sequence[int]) -> 
 
 
 def _hints(prompts: Sequence[Sequence[int]], limits: Sequence[int], settings: "ManagerSettings") -> Any:
-    """What transformers sizes a manager by."""
+    """Make transformers' `WorkloadHints`, by which it sizes a manager."""
     module = importlib.import_module("transformers.generation.continuous_batching.utils")
     longest = max(map(len, prompts))
     reach = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
@@ -411,7 +411,7 @@ def _add_rows(
     drawn: SamplingSettings,
     record_timestamps: bool,
 ) -> list[str]:
-    """Add a request for each prompt, with its own settings; their ids in the order of the prompts."""
+    """Add a request for each prompt, with its own settings; return the ids in the order of the prompts."""
     given = {name: _each(name, getattr(drawn, name), len(prompts)) for name in ("temperature", "top_p")}
     seeds = [None] * len(prompts) if drawn.seeds is None else check_seeds(drawn.seeds, len(prompts))
     rows = [
@@ -430,7 +430,7 @@ def _each(name: str, value: Any, rows: int) -> Sequence[Any]:
 
 
 def _collect(manager: "LlamaBatchingManager", ids: list[str], progress_bar: bool) -> dict[str, Any]:
-    """The results of all requests, each followed by its children's, in order.
+    """Collect the results of all requests in order, each followed by its children's.
 
     Raises:
         ValueError: a result is an error.
@@ -456,6 +456,6 @@ def _collect(manager: "LlamaBatchingManager", ids: list[str], progress_bar: bool
 
 
 def _raise_failure(manager: "LlamaBatchingManager", reason: str) -> None:
-    """Raise what ended the manager's thread."""
+    """Raise an error from the exception that ended the manager's thread."""
     cause = manager.background_thread_status.fatal_error
     raise RuntimeError(f"continuous batching failed: {cause or reason}") from cause

@@ -1,8 +1,8 @@
-"""What edits logits before the draw, and what of the caller's ends rows: both see each row's own text, nothing else.
+"""Call logits processors and the caller's stopping criteria with each row's own text, and nothing else.
 
 In a ragged batch the loop's columns hold padding before a row's prompt (padded schedule), or only a part of it
 (reference schedule). So processors and criteria are called with rows of one length at a time, cut to their own text,
-and not for rows that are still being forced, are done, or have come to their limit. What this module does not do: it
+and not for rows that are still being forced, are done, or have reached their limit. What this module does not do: it
 draws nothing, and it ends nothing at an EOS or a limit.
 """
 
@@ -20,7 +20,7 @@ from .option_values import check_allowed
 from .options import NEEDING_EOS, Call
 from .plan import Plan
 
-# transformers' processors that keep a state for the whole batch, so they cannot be called for some of its rows.
+# transformers' processors that keep a state for the whole batch, so they cannot be called for a part of it.
 _STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
 AllowedTokens = Callable[[int, Tensor], Sequence[int]]
@@ -54,7 +54,7 @@ class LogitEdits:
 
     @property
     def names(self) -> str:
-        """What edits, for errors."""
+        """Names of the edits, for errors."""
         constraint = ["prefix_allowed_tokens_fn"] if self.constraint.allowed is not None else []
         return ", ".join([*self.options, *constraint, *map(_name_of, self.processors)])
 
@@ -75,7 +75,7 @@ class LogitEdits:
         return logits
 
     def _by_options(self, group: _Group, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """The logits with those of a group edited by the options."""
+        """Edit a group's logits by the options."""
         ids = input_ids[:, group.begin - group.length :]
         everyone = len(group.rows) == len(logits)
         ids, scores = (ids, logits) if everyone else (ids[group.rows], logits[group.rows])
@@ -109,25 +109,25 @@ class CallersCriteria:
 
 
 def rows_to_ask(plan: Plan, done: Tensor, column: int) -> list[int]:
-    """The rows whose token in this column is drawn and counts: not forced, not done, not beyond their limit."""
+    """List the rows whose token in this column is drawn and kept: not forced, not done, not beyond their limit."""
     asked = ~done & (plan.begins <= column) & (column < plan.ends)
     return asked.nonzero()[:, 0].tolist()
 
 
 def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """The texts of the rows to ask about, rows of one length at a time.
+    """Yield the texts of the rows in `asked`, rows of one length at a time.
 
-    Processors and criteria may know rows by their place in the batch, so each is called with a whole batch, in which a
-    row that is asked about stands in its own place. Other places show the text of a row that is asked about.
+    Processors and criteria may identify rows by their index in the batch, so each is called with a whole batch, in
+    which every row in `asked` keeps its index. The other places repeat one of these rows.
 
     Args:
         plan: where each row starts.
-        asked: the rows to ask about.
+        asked: indices of the rows.
         input_ids: (B, T) columns.
 
     Yields:
-        the rows (N,) that are asked about, which row each place shows (B,) (None if every place shows its own), and
-        the texts (B, own length).
+        the indices of N rows (N,), the row that each place shows (B,) (None if every place shows its own), and the
+        texts (B, own length).
     """
     by_offset: dict[int, list[int]] = {}
     for row in asked:
@@ -144,14 +144,14 @@ def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[t
 
 
 class _Constraint(LogitsProcessor):
-    """`prefix_allowed_tokens_fn`: what a row may go on with; rows that are not asked about stay as they are."""
+    """`prefix_allowed_tokens_fn`: masks tokens that it does not allow, in the rows of `asked` only."""
 
     def __init__(self, plan: Plan, allowed: AllowedTokens | None) -> None:
         self.plan, self.allowed = plan, allowed
-        self.asked: list[int] = []  # rows to ask about in this step
+        self.asked: list[int] = []  # rows to constrain in this step
 
     def of_rows(self, rows: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The constraint as a processor of some rows of the batch."""
+        """Make a processor that constrains some rows of the batch."""
 
         def constrain(input_ids: Tensor, scores: Tensor) -> Tensor:
             """input_ids: (G, T); scores: (G, V)."""
@@ -177,7 +177,7 @@ class _Constraint(LogitsProcessor):
 
 
 def _groups(model: Any, plan: Plan, call: Call, constraint: _Constraint) -> Iterator[_Group]:
-    """Rows by what transformers' processors are made with: the prompt's length, and the limit where EOS is forced."""
+    """Group rows that can share processors: equal prompt lengths, and equal limits if an EOS is forced."""
     forces_eos = call.options.get("forced_eos_token_id") is not None
     members: dict[tuple[int, int], list[int]] = {}
     for row, (length, limit) in enumerate(zip(plan.lengths, plan.limits, strict=True)):
@@ -198,14 +198,14 @@ def option_processors(
     max_length: int,
     constrain: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> list[Any]:
-    """transformers' processors for the options in force, in transformers' order, for rows of one length.
+    """Make transformers' processors for the options in force, in transformers' order, for rows of one length.
 
     Args:
-        model: for classifier-free guidance, which forwards it once more.
-        options: of the call.
-        plan: says which ids end a text, and on which device all is.
+        model: used by classifier-free guidance, which forwards it once more.
+        options: the call's options.
+        plan: the EOS ids, and the device.
         prompts: (G, T) ids.
-        max_length: most tokens of these rows, prompt included; read where EOS is forced.
+        max_length: most tokens of these rows, prompt included; used if an EOS is forced.
         constrain: the constraint of `prefix_allowed_tokens_fn`, if there is one.
     """
     length, device, eos = prompts.shape[1], str(plan.device), list(plan.eos_ids)
@@ -215,7 +215,7 @@ def option_processors(
     if "bad_words_ids" in given:  # as in transformers, EOS alone is no bad word
         given["bad_words_ids"] = [words for words in given["bad_words_ids"] if list(words) not in [[e] for e in eos]]
         given = {name: value for name, value in given.items() if name != "bad_words_ids" or value}
-    # As in transformers: where BOS alone is followed by a forced token, suppression begins after that.
+    # As in transformers: if a token is forced after a prompt of BOS alone, suppression begins after that token.
     begin = length + 1 if length == 1 and "forced_bos_token_id" in given else length
     caching = options.get("use_cache") is not False
     make: dict[str, Callable[[Any], Any]] = {
@@ -242,7 +242,7 @@ def option_processors(
 
 
 def _check_scores(processor: Any, found: Any, given: Tensor) -> Tensor:
-    """Scores (B, V) that a processor of the caller's gives back."""
+    """Check the scores (B, V) that a caller's processor returns."""
     if isinstance(found, Tensor) and found.shape == given.shape:
         return found
     got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -253,7 +253,7 @@ def _check_scores(processor: Any, found: Any, given: Tensor) -> Tensor:
 
 
 def _check_met(criterion: Any, found: Any, met: Tensor) -> Tensor:
-    """(B,) bool: the rows that a criterion of the caller's ends; True or False means all or none."""
+    """Check the answer of a caller's criterion; return (B,) bool. True or False means all rows or none."""
     found = torch.as_tensor(found, device=met.device) if isinstance(found, (bool, Tensor)) else found
     if isinstance(found, Tensor) and found.shape in ((), met.shape):
         return found.bool().expand_as(met)
@@ -269,7 +269,7 @@ def _name_of(function: Any) -> str:
 
 
 def _refuse_stateful(processors: Sequence[Any]) -> None:
-    """Refuse processors with a state for the whole batch, beside prompts of several lengths."""
+    """Refuse processors with a state for the whole batch if prompts differ in length."""
     for processor in processors:
         if type(processor).__name__ in _STATEFUL:
             raise ValueError(
@@ -279,5 +279,5 @@ def _refuse_stateful(processors: Sequence[Any]) -> None:
 
 
 def _placed(logits: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
-    """The logits (B, V) with those of some rows (N,) replaced by scores (N, V)."""
+    """Replace the logits (B, V) of some rows (N,) by scores (N, V)."""
     return logits.index_copy(0, rows, scores.to(logits.dtype))

@@ -1,7 +1,7 @@
-"""Events of a run, a token at a time: each row's new token with its text and scores, and how the row ended.
+"""Make events of a run, a token at a time: each row's new token with its text and scores, and how the row ended.
 
-The loop calls `EventSource` after each step. What this module does not do: it decodes nothing itself (it is given what
-does), and it runs nothing (see `streaming`).
+The loop calls `EventSource` after each step. What this module does not do: it decodes nothing itself (it is given
+decoders), and it runs nothing (see `streaming`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from ..text.stopping import Stop, StopStrings, TextOf
 from .plan import Plan
 from .scoring import TopLogprobs
 
-_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character
+_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character
 
 
 class TokenEvent(NamedTuple):
@@ -36,11 +36,11 @@ class TokenEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoders:
-    """How the texts of a run are decoded.
+    """Decoders of a run's texts.
 
     Args:
         prompt: decodes an echoed prompt.
-        after: gives what decodes the completion of a prompt.
+        after: takes a prompt, returns the decoder of its completion.
         is_byte: see `GrowingText`.
     """
 
@@ -50,14 +50,14 @@ class Decoders:
 
 
 class _Scores(NamedTuple):
-    """What goes along with a token."""
+    """A token's scores."""
 
     logprob: float | None
     top: TopLogprobs | None
 
 
 class _Row:
-    """One row's answer as it comes."""
+    """One row's answer so far."""
 
     def __init__(self, number: int, plan: Plan, decoders: Decoders, stops: StopStrings) -> None:
         prompt = plan.prompts[number]
@@ -67,13 +67,13 @@ class _Row:
         self.finished = False
         self.prompt = GrowingText[tuple[int, _Scores]](decoders.prompt, is_byte=decoders.is_byte)
         self.text = GrowingText[tuple[int, _Scores]](decoders.after(prompt), stops, number, decoders.is_byte)
-        self.left = ""  # of the prompt's text, for the next event
+        self.left = ""  # rest of the prompt's text, for the next event
         # With `compat="meta"` an echoed prompt is cut at an EOS.
         cut = (at for at, token in enumerate(prompt) if token in plan.eos_ids)
         self.most = next(cut, None) if plan.echo and plan.compat == "meta" else None
 
     def take(self, token: int, scores: _Scores) -> list[TokenEvent]:
-        """The events that the answer's next token makes."""
+        """Add the answer's next token; return its events."""
         self.count += 1
         if self.most is not None and self.count > self.most:
             return []
@@ -85,7 +85,7 @@ class _Row:
         return events
 
     def finish(self, reason: str) -> list[TokenEvent]:
-        """The events of the row's end."""
+        """End the row; return its last events."""
         self.finished = True
         if self.echoed and self.count < self.echoed:  # cut within its prompt
             self.left += self.prompt.end()[1].text
@@ -101,12 +101,12 @@ class _Row:
 
 
 class EventSource:
-    """Makes events of what the loop does, and ends rows at their stop strings.
+    """Makes events of the loop's steps, and ends rows at their stop strings.
 
     Args:
-        decoders: how the texts are decoded.
+        decoders: decode the texts.
         stop: the stop strings.
-        emit: is given the events of each step.
+        emit: takes the events of each step.
     """
 
     def __init__(self, decoders: Decoders, stop: Stop | None, emit: Callable[[list[TokenEvent]], object]) -> None:
@@ -114,18 +114,18 @@ class EventSource:
         self.rows: list[_Row] = []
 
     def take_plan(self, plan: Plan) -> None:
-        """Learn of the whole call before it runs."""
+        """Prepare for the rows of the whole call."""
         self.stops = StopStrings([] if self.stop is None else self.stop, len(plan.prompts))
         self.rows = [_Row(number, plan, self.decoders, self.stops) for number in range(len(plan.prompts))]
 
     def begin(self, plan: Plan, state: Any, scorer: Any, prompt_rows: Any) -> None:
-        """A run of some rows begins; see `loop.run_loop`."""
+        """Begin a run of some of the rows; see `loop.run_loop`."""
         self.plan, self.state, self.scorer, self.prompt_rows = plan, state, scorer, prompt_rows
         self.eos_ids = set(plan.eos_ids)
         self.begun = False
 
     def step(self, input_ids: Tensor) -> list[bool]:
-        """Make the events of a step; which rows of the run met a stop string. input_ids: (B, T)."""
+        """Emit the events of a step; return which rows of the run met a stop string. input_ids: (B, T)."""
         events: list[TokenEvent] = []
         if not self.begun and self.plan.echo:
             events += self._prompts()
@@ -144,7 +144,7 @@ class EventSource:
         return met
 
     def finish(self, output: Any) -> None:
-        """Make the events of what no step made, once the answer of the whole call is there."""
+        """Emit the remaining events of rows that no step has finished, from the call's output."""
         events: list[TokenEvent] = []
         for row in self.rows:
             if row.finished:
@@ -159,7 +159,7 @@ class EventSource:
     def _take(
         self, row: _Row, place: int, column: int, token: int, scores: _Scores, *, by_criterion: bool
     ) -> tuple[list[TokenEvent], bool]:
-        """The events of one row's token in a column, and whether it met a stop string."""
+        """Make the events of one row's token in a column; return also whether it met a stop string."""
         plan = self.plan
         position, length = column - plan.offsets[place], plan.lengths[place]
         if row.finished or position >= length + plan.limits[place]:
@@ -178,7 +178,7 @@ class EventSource:
         return events, False
 
     def _prompts(self) -> list[TokenEvent]:
-        """The events of the prompts as far as they were prefilled."""
+        """Make the events of the prefilled part of the prompts."""
         plan, events = self.plan, []
         columns = None if self.scorer is None else self.scorer.scores(plan.offsets)
         given = [] if columns is None else [self._scores(columns, at) for at in range(plan.start - 1)]
@@ -189,7 +189,7 @@ class EventSource:
         return events
 
     def _of_prompt(self, given: list[list[_Scores]], place: int, position: int) -> _Scores:
-        """The scores of a prompt's token; nothing stands before the first one."""
+        """Look up the scores of a prompt's token; the first one has no context, so 0.0."""
         plan = self.plan
         if self.prompt_rows is not None:
             row = self.prompt_rows[place]
@@ -201,7 +201,7 @@ class EventSource:
         return _Scores(found.logprob if plan.logprobs else None, found.top if plan.top_logprobs else None)
 
     def _scores(self, columns: Any, at: int) -> list[_Scores]:
-        """Each row's scores in one column, as far as they were asked for."""
+        """Return each row's scores in one column; None for scores not asked for."""
         plan = self.plan
         logprobs: list[Any] = columns.logprobs[:, at].tolist() if plan.logprobs else [None] * len(plan.prompts)
         tops: list[Any] = [None] * len(plan.prompts)

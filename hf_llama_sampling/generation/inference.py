@@ -1,8 +1,8 @@
-"""Forwards under `torch.inference_mode`, where nothing that outlives a run is made by code that we do not know.
+"""Run forwards under `torch.inference_mode`, if only known code runs in them and none of their tensors is kept.
 
-A tensor made there can never take part in training. So the mode is on only around forwards that are transformers' own
-in all their modules; what leaves a run is made ordinary, without a copy. The loop around them, and all that it hands to
-callers, is not under the mode. What this module does not do: it changes no number.
+A tensor made in that mode can never take part in training. So the mode is on only around forwards whose modules are all
+transformers' own; tensors that leave a run are made ordinary, without a copy. The loop around the forwards is not under
+the mode. What this module does not do: it changes no number.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def in_inference_mode(model: Any, observer: Observer | None, arguments: dict[str, Any]) -> Observer | None:
-    """An observer under which a model's forwards run in inference mode, if they leave nothing; `observer` sees them.
+    """Wrap `observer` so that forwards run in inference mode, if they keep no tensor; else return it unchanged.
 
     `arguments` are those of transformers' `generate`.
     """
@@ -49,24 +49,24 @@ def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _a_mode_watches() -> bool:
-    """Whether some mode of torch sees each operation; it may keep what it sees."""
+    """Whether a torch dispatch or function mode is active: it may keep the tensors that it sees."""
     modes = (_get_current_dispatch_mode(), _get_current_function_mode())  # type: ignore[no-untyped-call]
     return any(mode is not None for mode in modes)
 
 
 def _may_be_compiled(arguments: dict[str, Any]) -> bool:
-    """Whether transformers may compile the steps, as with static caches: in one graph, where such a switch is none."""
+    """Whether transformers may compile the steps (static caches do): the mode's switch would break the graph."""
     config, cache = arguments.get("generation_config"), arguments.get(CACHE_NAME)
     asked = (getattr(config, name, None) is not None for name in ("cache_implementation", "compile_config"))
     return any(asked) or not (cache is None or type(cache) is DynamicCache)
 
 
 def _leaves_nothing(model: Any) -> bool:
-    """Whether a forward leaves no tensor in the model or its hooks."""
+    """Whether a forward keeps no tensor in the model or its hooks."""
     return (
         not model.training
         and is_known(model)
-        and length_limit(model) is None  # rotary factors that are made anew stay in the model
+        and length_limit(model) is None  # recomputed rotary factors are kept in the model
         and getattr(model, "hf_quantizer", None) is None
         and (getattr(model, "tp_size", None) or 1) == 1
         and getattr(model.config, "_attn_implementation", None) in _KNOWN_ATTENTION
@@ -76,7 +76,7 @@ def _leaves_nothing(model: Any) -> bool:
 
 
 def _is_watched(module: Any) -> bool:
-    """Whether somebody's own code runs in a module's forward: a class, a hook or another forward (accelerate's too)."""
+    """Whether foreign code runs in a module's forward: a class, a hook, or a replaced forward (accelerate's too)."""
     own = vars(module)
     return (
         type(module).__module__.partition(".")[0] not in _KNOWN_HOMES
@@ -86,7 +86,7 @@ def _is_watched(module: Any) -> bool:
 
 
 def as_ordinary(value: Any) -> Any:
-    """A value whose tensors autograd can save: nested tuples of tensors, or a cache, which is changed in place."""
+    """Make the tensors of a value ordinary, for autograd: nested tuples of tensors, or a cache (changed in place)."""
     if torch.is_inference_mode_enabled():  # the caller's own
         return value
     if isinstance(value, Tensor):
@@ -100,6 +100,6 @@ def as_ordinary(value: Any) -> Any:
 
 
 def _same_memory(tensor: Tensor) -> Tensor:
-    """An ordinary tensor over an inference tensor's memory."""
+    """Make an ordinary tensor over an inference tensor's memory."""
     layout = (tensor.storage_offset(), tensor.size(), tensor.stride())
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage(), *layout)

@@ -1,4 +1,4 @@
-"""Reading prompts: lists, arrays or tensors of token ids become lists of ints, one per row, without padding.
+"""Read prompts: turn lists, arrays or tensors of token ids into lists of ints, one per row, without padding.
 
 What this module does not do: it sees no text, and never takes a token id for padding.
 """
@@ -18,19 +18,18 @@ from ..checks import check_count, check_int, first_not_none, to_list, to_scalar
 def read_prompts(
     inputs: Any, attention_mask: Any, vocab_size: int, *, pad_id: int | None = None, eos_ids: Collection[int] = ()
 ) -> list[list[int]]:
-    """Prompts as lists of ids, without padding.
+    """Read prompts as lists of ids, without padding.
 
     Args:
-        inputs: lists of token ids in anything that holds them in order, a tensor or an array (B, T), or what a
-            tokenizer returns.
+        inputs: lists of token ids in any ordered container, a tensor or an array (B, T), or a tokenizer's output.
         attention_mask: 1 for tokens and 0 for padding on either side, in the same form.
         vocab_size: ids must lie below it.
-        pad_id: the pad id that the call or the checkpoint names, if it does.
+        pad_id: the pad id that the call or the checkpoint names, if any.
         eos_ids: the ids that end a text.
 
     Raises:
-        ValueError: no prompt, an empty one, an id outside the vocabulary, a bad mask, or what looks like padding in a
-            tensor without a mask.
+        ValueError: no prompt, an empty one, an id outside the vocabulary, a bad mask, or apparent padding in a tensor
+            without a mask.
         TypeError: text, or something that holds no token ids.
 
     >>> read_prompts(torch.tensor([[0, 1, 5], [1, 6, 7]]), [[0, 1, 1], [1, 1, 1]], 32)
@@ -60,12 +59,12 @@ def read_prompts(
 
 
 def _says_nothing(name: str, values: Any) -> bool:
-    """Whether these are token types which, as those of most texts, are all 0."""
+    """Whether these are token types that are all 0, as for most texts."""
     return name.endswith("token_type_ids") and not any(any(to_list(row) or [True]) for row in to_list(values) or [[]])
 
 
 def _as_tensor(inputs: Any) -> Tensor | None:
-    """A tensor, or an array of numbers, as a tensor; None for anything else."""
+    """Convert a tensor or an array of numbers to a tensor; return None for anything else."""
     if isinstance(inputs, Tensor):
         return inputs
     if isinstance(inputs, np.ndarray) and inputs.dtype != object and inputs.ndim != 1:
@@ -74,7 +73,7 @@ def _as_tensor(inputs: Any) -> Tensor | None:
 
 
 def _rows_of_lists(inputs: Any, mask: Any) -> list[list[int]]:
-    """The rows of a batch that is no tensor; a mask beside it must have a value for each token."""
+    """Read the rows of a batch that is not a tensor; a mask beside it must have a value for each token."""
     if isinstance(inputs, str | bytes):
         raise TypeError("prompts must be token ids, got text: encode it with the tokenizer first")
     listed = None if hasattr(inputs, "columns") else to_list(inputs)  # a table's rows are not its elements
@@ -98,9 +97,9 @@ def _rows_of_lists(inputs: Any, mask: Any) -> list[list[int]]:
 
 
 def _refuse_padding(prompts: list[list[int]], pad_id: int | None, eos_ids: Collection[int]) -> None:
-    """Refuse rows of a tensor that begin or end with the pad id: nothing says whether it is padding or text.
+    """Refuse rows of a tensor that begin or end with the pad id: without a mask it may be padding or text.
 
-    transformers takes it for padding if it is not an EOS id too. Then it warns, and so does this.
+    transformers takes it for padding unless it is also an EOS id; then it only warns, and so does this function.
     """
     if pad_id is None:
         return
@@ -136,7 +135,7 @@ def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
 
 
 def _row_of_list(row: int, prompt: Any) -> list[int]:
-    """One prompt as ints."""
+    """Read one prompt as ints."""
     if isinstance(to_scalar(prompt), int) and not isinstance(prompt, list):
         raise TypeError(
             "prompts must be a list of lists of token ids, got a list of ids: wrap a single prompt as [prompt]"
@@ -176,7 +175,7 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
 
 
 def _without_padding(row: int, ids: list[int], mask: Sequence[Any]) -> list[int]:
-    """The ids of one row where its mask is 1."""
+    """Select the ids of one row where its mask is 1."""
     odd = next((value for value in mask if value not in (0, 1)), None)
     if odd is not None:
         raise ValueError(f"attention_mask must hold 0 and 1 only, got {odd} in row {row}")
@@ -189,7 +188,7 @@ def _without_padding(row: int, ids: list[int], mask: Sequence[Any]) -> list[int]
 
 
 def read_beside_tokens(name: str, given: Any, attention_mask: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Values that stand beside each token, such as `token_type_ids`, as one list per prompt, without padding.
+    """Read inputs with a value per token, such as `token_type_ids`, as one list per prompt, without padding.
 
     >>> read_beside_tokens("token_type_ids", [[0, 0, 1], [0, 1, 1]], [[0, 1, 1], [1, 1, 1]], [[1, 5], [1, 6, 7]])
     [[0, 1], [0, 1, 1]]
@@ -212,7 +211,7 @@ def read_beside_tokens(name: str, given: Any, attention_mask: Any, prompts: Sequ
 
 
 def lay_out_beside_tokens(model_kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
-    """Arguments of the model's forward, with values beside tokens laid out as the mask (B, T) lays out the tokens."""
+    """Lay out the forward's arguments that have a value per token, as the mask (B, T) lays out the tokens."""
     laid_out = dict(model_kwargs)
     for name in beside_tokens(model_kwargs):
         values = torch.tensor([value for row in model_kwargs[name] for value in row], dtype=mask.dtype)
@@ -221,12 +220,12 @@ def lay_out_beside_tokens(model_kwargs: Mapping[str, Any], mask: Tensor) -> dict
 
 
 def beside_tokens(model_kwargs: Mapping[str, Any]) -> list[str]:
-    """The names of arguments that hold a value for each token."""
+    """Return the names of arguments that hold a value per token."""
     return [name for name, value in model_kwargs.items() if name.endswith("token_type_ids") and value is not None]
 
 
 def check_named_ids(given: Any, rows: int, vocab_size: int) -> list[list[int]]:
-    """The ids whose logprobs are asked for: a list for all rows, or one per row; none for each row if not given.
+    """Read `logprobs_of`, the ids to score: a list for all rows, or one per row; empty lists if not given.
 
     >>> check_named_ids([5, 9], 2, 32), check_named_ids([[5], []], 2, 32)
     ([[5, 9], [5, 9]], [[5], []])
@@ -254,7 +253,7 @@ def check_named_ids(given: Any, rows: int, vocab_size: int) -> list[list[int]]:
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], most: int | None, *, name: str = "max_seq_len") -> None:
-    """Refuse a prompt of more than `most` tokens: no prompt is cut silently."""
+    """Refuse a prompt of more than `most` tokens, rather than cut it silently."""
     for row, prompt in enumerate(prompts):
         if most is not None and len(prompt) > most:
             raise ValueError(
@@ -263,9 +262,9 @@ def check_lengths(prompts: Sequence[Sequence[int]], most: int | None, *, name: s
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids (B, longest) and their mask (B, longest). Each row is filled with its own first token, which is masked.
+    """Left-pad prompts: ids (B, longest) and mask (B, longest). The padding is the row's own first token, masked.
 
-    Processors see the ids: a pad token would count as a token of the text for a repetition penalty.
+    Processors see the ids, and a repetition penalty would count a pad token as a token of the text.
 
     >>> left_padded([[1, 5], [1, 6, 7]])
     (tensor([[1, 1, 5],
@@ -280,7 +279,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids (B, longest) and their mask (B, longest), with 0 after each row.
+    """Right-pad prompts with 0: ids (B, longest) and mask (B, longest).
 
     >>> right_padded([[1, 5], [1, 6, 7]])
     (tensor([[1, 5, 0],

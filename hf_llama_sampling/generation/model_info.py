@@ -1,4 +1,4 @@
-"""Facts about a model: what it can embed, how much it can hold, where it lives, how its texts end.
+"""Facts about a model: its vocabulary size, context, device, EOS and pad ids.
 
 What this module does not do: it runs no model.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 from ..checks import check_int, first_not_none, to_list, to_scalar
 from .adapters import virtual_tokens
 
-# Names of position tables in transformers' models, and of the parts of a model that read no text.
+# Names of position tables in transformers' models, and of submodules that do not process text.
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|pos_encoding|positions_embed|embed_positions|\w*position_embeddings?)$")
 _OTHER_TOWER = re.compile("vision|visual|image|audio|tower")
 
 
 def vocab_size_of(model: Any) -> int:
-    """The number of ids that the model can embed."""
+    """Return the number of ids that the model can embed."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def context_of(model: Any) -> int | None:
-    """The longest text the model takes: the limit that `Llama` sets on its model, else the config's, or None."""
+    """Return the model's context length: the limit that `Llama` sets on its model, else the config's, or None."""
     if vars(model).get("max_seq_len") is not None:
         return int(vars(model)["max_seq_len"])
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -32,7 +32,7 @@ def context_of(model: Any) -> int | None:
 
 
 def check_positions(model: Any, columns: int | None, name: str = "a text with its new tokens") -> None:
-    """Refuse more columns than the model has positions in a table, learned or computed ahead, if it has one."""
+    """Refuse more columns than the model's table of positions (learned or precomputed) holds, if it has one."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if columns is None or length is None or not 0 < length < columns + virtual_tokens(model):
         return
@@ -51,7 +51,7 @@ def _beside(virtual: int) -> str:
 
 
 def length_limit(model: Any) -> int | None:
-    """The length beyond which a text's rotary factors depend on its length, so that a prefix's cache is not its own."""
+    """Return the length beyond which rotary factors depend on the text's length, so that caches of prefixes differ."""
     config = model.config.get_text_config()
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # One set of parameters, or one per kind of layer.
@@ -69,9 +69,9 @@ def length_limit(model: Any) -> int | None:
 
 
 def forget_longer_texts(model: Any) -> None:
-    """Reset rotary factors that still stand for a longer text, which an earlier call read.
+    """Reset rotary factors that an earlier call has adapted to a longer text.
 
-    transformers resets them by itself only for a text below the length that the model was trained for.
+    transformers itself resets them only for a text below the length that the model was trained for.
     """
     for module in model.modules():
         trained_for = getattr(module, "original_max_seq_len", None)
@@ -87,12 +87,12 @@ def forget_longer_texts(model: Any) -> None:
 
 
 def check_max_seq_len(model: Any, asked: Any) -> int | None:
-    """The most tokens of a text, prompt included: as asked, else what the model was made for; None if nobody says."""
+    """Read `max_seq_len`, the most tokens of a text, prompt included: by default the model's context, if known."""
     return context_of(model) if asked is None else check_int("max_seq_len", asked, least=1)
 
 
 def device_of(model: Any) -> torch.device:
-    """The device for token ids. accelerate runs an offloaded embedding on the first real device of its map."""
+    """Return the device for token ids. accelerate runs an offloaded embedding on the first real device of its map."""
     if model.device.type != "meta":
         return torch.device(model.device)
     placed = [where for where in getattr(model, "hf_device_map", {}).values() if where not in ("cpu", "disk")]
@@ -100,7 +100,7 @@ def device_of(model: Any) -> torch.device:
 
 
 def eos_ids_of(model: Any, options: dict[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text, from the call, else from the checkpoint: one, several or none (an empty list, or -1)."""
+    """Read the EOS ids, from the call, else from the checkpoint: one, several or none (an empty list, or -1)."""
     ids = first_not_none(
         options.get("eos_token_id"),
         model.generation_config.eos_token_id,
@@ -109,23 +109,23 @@ def eos_ids_of(model: Any, options: dict[str, Any]) -> tuple[int, ...]:
     )
     listed = to_list(ids)
     if listed is None:
-        listed = [] if to_scalar(ids) == -1 else [to_scalar(ids)]  # -1 is the usual way to say none
+        listed = [] if to_scalar(ids) == -1 else [to_scalar(ids)]  # -1 usually means none
     return tuple(check_int("eos_token_id", token, least=0, most=vocab_size_of(model) - 1) for token in listed)
 
 
 def pad_id_of(model: Any, options: dict[str, Any], eos_ids: tuple[int, ...]) -> int:
-    """The id that fills an answer's `sequences`: from the call, else from the checkpoint, else EOS, else 0."""
+    """Choose the id that pads an answer's `sequences`: from the call, else the checkpoint's, else EOS, else 0."""
     return int(first_not_none(named_pad_id(model, options), *eos_ids, 0))
 
 
 def named_pad_id(model: Any, options: dict[str, Any]) -> int | None:
-    """The pad id that the call or the checkpoint names, if one does."""
+    """Return the pad id that the call or the checkpoint names, else None."""
     pad_id = first_not_none(options.get("pad_token_id"), model.generation_config.pad_token_id)
     return None if pad_id is None else int(to_scalar(pad_id))
 
 
 def refuse_encoder_decoder(model: Any) -> None:
-    """Refuse an encoder-decoder: LLAMA2's loop continues its own prompt, and such a model has none to continue."""
+    """Refuse an encoder-decoder: LLAMA2's loop continues a prompt, and a decoder beside an encoder has none."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"LLAMA2's generation needs a decoder-only model, but {type(model).__name__} is an encoder-decoder: use "
@@ -134,9 +134,9 @@ def refuse_encoder_decoder(model: Any) -> None:
 
 
 def token_broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """For a tensor-parallel model, a function that gives every rank the first rank's tokens (B,); else None.
+    """Return a function that broadcasts the first rank's tokens (B,), for a tensor-parallel model; else None.
 
-    Each rank draws from its own generator, so without it ranks would go on with different tokens.
+    Each rank draws from its own generator, so without it ranks would continue with different tokens.
     """
     if (getattr(model, "tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
         return None

@@ -1,14 +1,14 @@
-"""The tree of prompts: which tokens many texts share, so that each of them is forwarded once.
+"""A prefix tree of texts, so that tokens which several texts share are forwarded once.
 
-Texts are sorted; neighbours share the longest prefixes. Where they part, the tree branches::
+Texts are sorted, so neighbours share the longest prefixes. The tree branches where they differ::
 
     1 5 6 7 9          1 5 ─┬─ 6 7 ─┬─ 9        edges are runs of tokens; a text is a path from the root
     1 5 6 7 8 8             │       └─ 8 8
     1 5 2                   └─ 2
 
-The last token of a text is never an input, since its score stands in the logits before it. So texts that differ in
-their last token alone are one path, and so are a text and its own beginnings. What this module does not do: it runs no
-model and knows no tensors.
+The last token of a text is never forwarded, since its score is in the logits before it. So texts that differ in their
+last token alone share one path, as do a text and its own prefixes. What this module does not do: it runs no model and
+holds no tensors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,8 @@ Ids = npt.NDArray[np.int32]
 class Edge:
     """A run of tokens that some texts share, after the runs above it; leaves end at the end of a text.
 
-    `logprobs[i]` and `greedy[i]` stand for what follows token i of the edge; `at_branch[i, t]` is the logprob of a
-    token t there that is not the edge's own next one.
+    Entry i of `logprobs` and `greedy` is about the token after token i of the edge: the edge's own next token, and the
+    best one. `at_branch[i, t]` is the logprob of another token t there.
     """
 
     start: int  # position of its first token in the text
@@ -37,7 +37,7 @@ class Edge:
     logprobs: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (n,)
     greedy: Ids = field(default_factory=lambda: np.zeros(0, np.int32))  # (n,) the best token
     top: dict[int, list[tuple[int, float]]] = field(default_factory=dict)  # by index, the best tokens
-    ids: list[int] = field(default_factory=list)  # that some text names
+    ids: list[int] = field(default_factory=list)  # all ids that some text names
     named: dict[int, dict[int, tuple[float, int]]] = field(default_factory=dict)  # by index and id, logprob and rank
     weight: int = 0  # edges below it
     longest: int = 0  # end of the longest text below it
@@ -50,16 +50,16 @@ class Edge:
 
 @dataclass(eq=False)
 class Text:
-    """A text, and from which of its positions on scores are asked for."""
+    """A text, and the position from which its tokens are scored."""
 
     tokens: Ids
     first: int  # position of the first token whose score is wanted, at least 1
-    begin: int = 0  # position of its own first token in the text that it is a part of
+    begin: int = 0  # position of its first token in the caller's text, if this is a window of it
     named: Sequence[int] = ()  # ids whose logprobs and ranks are wanted too
-    leaf: Edge | None = None  # the path that holds all its inputs; None if it has no input whose logits are read
+    leaf: Edge | None = None  # end of the path that holds its inputs; None if it has no token to score
 
     def path(self) -> Iterator[tuple[Edge, int, int]]:
-        """Its edges from the first one that is read, and of each the indices from which and to which it is read."""
+        """Yield the edges whose logits it needs, each with the range of indices: edge, begin, end."""
         edges = []
         edge = self.leaf
         while edge is not None and edge.end >= self.first:
@@ -71,15 +71,15 @@ class Text:
                 yield edge, begin - edge.start, end - edge.start
 
     def reads(self, edge: Edge, index: int) -> bool:
-        """Whether it reads the logits after this token of an edge."""
+        """Whether it needs the logits after this token of an edge."""
         return any(other is edge and begin <= index < end for other, begin, end in self.path())
 
     def logprobs(self) -> list[float]:
-        """Of its tokens from `first` on."""
+        """Return the logprobs of its tokens from `first` on."""
         found: list[float] = []
         for edge, begin, end in self.path():
             found += edge.logprobs[begin:end].tolist()
-            last = edge.start + end  # position of the token after the last index read here
+            last = edge.start + end  # position of the token after the edge's last index in use
             key = (end - 1, int(self.tokens[last]))
             if key in edge.at_branch:
                 found[-1] = edge.at_branch[key]
@@ -93,11 +93,11 @@ class Text:
         )
 
     def top(self) -> list[list[tuple[int, float]]]:
-        """The best tokens at each of its positions from `first` on."""
+        """Return the best tokens at each position from `first` on."""
         return [edge.top[index] for edge, begin, end in self.path() for index in range(begin, end)]
 
     def named_logprobs(self) -> list[list[tuple[int, float, int]]]:
-        """The ids that it names with logprobs and ranks, at each of its positions from `first` on."""
+        """Return the named ids with logprobs and ranks, at each position from `first` on."""
         return [
             [(token, *edge.named[index][token]) for token in self.named] if self.named else []
             for edge, begin, end in self.path()
@@ -106,7 +106,7 @@ class Text:
 
 
 def grow(texts: Sequence[Text], *, shared: bool = True) -> Edge:
-    """The tree of these texts; its root holds no tokens. With `shared=False` no two different texts share an edge."""
+    """Build the tree; its root holds no tokens. With `shared=False` only texts with equal inputs share an edge."""
     inputs = [text.tokens[:-1] for text in texts]
     # Big-endian bytes sort as the ids do, and faster.
     keys = [ids.astype(">u4").tobytes() for ids in inputs]
@@ -114,7 +114,7 @@ def grow(texts: Sequence[Text], *, shared: bool = True) -> Edge:
     root = Edge(0, np.zeros(0, np.int32), None)
     path = [root]
     before: Ids | None = None
-    held: list[Text] = []  # texts whose inputs the next path holds
+    held: list[Text] = []  # texts whose inputs will lie on the next path
     for place, index in enumerate(order):
         held.append(texts[index])
         following = keys[order[place + 1]] if place + 1 < len(order) else None
@@ -148,7 +148,7 @@ def _common(ids: Ids, others: Ids) -> int:
 
 
 def _split(edge: Edge, position: int) -> Edge:
-    """Part an edge at a position of the text; returns the upper part, whose only child is the lower one."""
+    """Split an edge at a position of the text; return the upper part, whose only child is the lower one."""
     parent = edge.parent
     assert parent is not None
     upper = Edge(edge.start, edge.tokens[: position - edge.start], parent, [edge])
@@ -158,7 +158,7 @@ def _split(edge: Edge, position: int) -> Edge:
 
 
 def _measure(root: Edge) -> None:
-    """Fill in what depends on the edges below."""
+    """Fill in `weight` and `longest`, which depend on the edges below, and clear `read`."""
     above = [root]
     for edge in above:
         above += edge.children
@@ -169,7 +169,7 @@ def _measure(root: Edge) -> None:
 
 
 def _mark(text: Text) -> None:
-    """Note on a text's path which logits are read, and for which tokens."""
+    """Mark on a text's path the logits that it needs, and the tokens that it scores with them."""
     for edge, begin, end in text.path():
         edge.read[begin:end] = True
         edge.ids += [token for token in dict.fromkeys(text.named) if token not in edge.ids]
@@ -180,9 +180,9 @@ def _mark(text: Text) -> None:
 
 @dataclass(eq=False)
 class Step:
-    """Tokens to forward after a cache of the `start` ones before them: one edge, or several that are not worth parting.
+    """Tokens to forward after a cache of the `start` tokens before them: one edge, or several joined.
 
-    `edges` are those whose logits are read in this step, and where each begins in it.
+    `edges` are those that this step scores, each with its first index in `tokens`.
     """
 
     start: int
@@ -192,7 +192,7 @@ class Step:
 
     @property
     def is_leaf(self) -> bool:
-        """Whether nothing follows, so that no cache of it is needed."""
+        """Whether nothing follows, so that its cache is not needed."""
         return not self.last.children
 
     @property
@@ -201,7 +201,7 @@ class Step:
         return self.start + len(self.tokens)
 
     def columns(self) -> npt.NDArray[np.bool_]:
-        """(n,) which of its logits are read."""
+        """(n,) which of its logits are needed."""
         read = np.zeros(len(self.tokens), bool)
         for edge, at in self.edges:
             read[at : at + len(edge.tokens)] |= edge.read
@@ -209,9 +209,9 @@ class Step:
 
 
 def steps_below(edge: Edge, keep: Callable[[Step], bool]) -> list[Step]:
-    """What is forwarded after an edge's cache, with the edges that are not kept joined to those below them.
+    """List the steps to forward from an edge's cache; join each edge that `keep` rejects to every edge below it.
 
-    Of the texts that share such an edge the first one's step reads its logits; the others compute them once more.
+    A joined edge is forwarded once for each edge below it, and scored in the first of these steps only.
     """
     found: list[Step] = []
     waiting: list[tuple[Edge, Ids, list[tuple[Edge, int]]]] = [

@@ -1,8 +1,8 @@
-"""Trying out what a model's forward can take, on a few tokens, once per model.
+"""Probe what a model's forward can take, on a few tokens, once per model.
 
-A config does not say whether a model reads padding as text, or whether its state goes on from chunk to chunk. So where
-an answer depends on it, a short text is run both ways through transformers' own loop and the logits are compared. What
-this module does not do: it refuses nothing; it answers yes or no.
+A config does not tell whether a model takes padding for text, or whether its state carries over from chunk to chunk. So
+if a result depends on it, run a short text both ways through transformers' own loop and compare the logits. What this
+module does not do: it refuses nothing; it answers yes or no.
 """
 
 import copy
@@ -21,24 +21,23 @@ from .model_info import device_of, length_limit, vocab_size_of
 from .releases import CACHE_NAME, CACHE_NAMES, cache_in
 from .view import Observer
 
-# Families of which `tests/families` shows that a row stays what it is alone, in a batch and behind padding. Others are
-# tried out.
+# Families for which `tests/families` shows that neither a batch nor padding changes a row's logits. Others are probed.
 KNOWN = {
     *("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
     *("phi", "phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen", "opt", "bloom", "falcon", "stablelm", "olmo2"),
     *("granite", "cohere", "starcoder2", "deepseek_v3", "glm4", "smollm3"),
 }
-# Those of them whose masks hide what their caches forget. Others forget too, if their config names a window.
+# Of these, families whose masks hide the tokens that a sliding window drops from the cache. Others must be probed.
 _WITH_WINDOWS = {"mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3", "qwen3_moe", "phi3", "starcoder2"}
-# Those of them that transformers' continuous batching does not run (5.23), or runs without reading its pages.
+# Of these, families that transformers' continuous batching (5.23) cannot run, or runs without using its pages.
 _NOT_PAGED = {"bloom", "falcon", "gpt_neo", "gptj", "codegen", "stablelm", "deepseek_v3"}
 
-# What was found, by model: a name of the question, and the answer.
+# Results by model: the question's name, and the answer.
 _FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
 class Probe:
-    """What the forward of a model can take, tried out when it is asked, and once per model.
+    """Tells what a model's forward can take; each question is tried out when first asked, once per model.
 
     Args:
         model: a decoder-only causal language model.
@@ -49,87 +48,87 @@ class Probe:
         self.model, self.generate = model, generate
 
     def takes_padding(self) -> bool:
-        """Whether a row's logits stay what they are alone when padding, masked, stands before it."""
+        """Whether masked padding before a row leaves its logits unchanged."""
         if soft_prompts_of(self.model) is not None:
-            return False  # they stand before the padding, and would move away from their text
+            return False  # PEFT puts them before the padding, not next to the text
         return self._holds("padding", _takes_padding)
 
     def moves_behind_padding(self) -> bool:
-        """Whether a beginning's cache may be put behind padding: not where columns are the model's positions."""
+        """Whether a prefix's cache may be moved behind padding: not if the model counts columns as positions."""
         told = "position_ids" in signature(self.model.forward).parameters or is_known(self.model)
         return told and self.takes_padding()
 
     def keeps_rows_apart(self) -> bool:
-        """Whether a row's logits stay what they are alone in a batch of one length; some recurrent states mix rows."""
+        """Whether the other rows of a batch of one length leave a row's logits unchanged; some states mix rows."""
         return self._holds("rows", _keeps_rows_apart)
 
     def reads_in_chunks(self, width: int) -> bool:
-        """Whether a text of `width` tokens may be prefilled chunk by chunk with the same result."""
+        """Whether a text of `width` tokens may be prefilled in chunks with the same logits, in a cache to share."""
         if self._cache_belongs_to_peft() or not self.goes_on_from_a_cache(width):
             return False
         shared = _found(self.model, "cache", lambda: _has_a_shared_cache(self.model, self.generate))
         return shared and self.reads_in_pieces(width)
 
     def reads_in_pieces(self, width: int) -> bool:
-        """The same whatever the cache is; `reads_in_chunks` asks for one that rows can share, too."""
+        """Whether a text of `width` tokens may be prefilled in chunks with the same logits, with any kind of cache."""
         return self.goes_on_from_a_cache(width) and _found(
             self.model, "pieces", lambda: _reads_in_pieces(self.model, self.generate)
         )
 
     def reads_by_steps(self, width: int) -> bool:
-        """Whether a text of `width` tokens may be read token by token, as its completion is, with the same result."""
+        """Whether a text of `width` tokens may be forwarded token by token, like a completion, with the same logits."""
         return _window_hides(self.model, width) and self._holds("steps", _reads_by_steps)
 
     def goes_on_from_a_cache(self, width: int) -> bool:
-        """Whether a text of `width` tokens leaves the cache of its beginning what it was."""
+        """Whether a text of `width` tokens may continue from a prefix's cache; see the function of this name."""
         return goes_on_from_a_cache(self.model, width)
 
     def resumes(self) -> bool:
-        """Whether a text goes on from its cache though another text was read since; some states are the model's."""
+        """Whether a text continues from its cache after another text was forwarded; some models keep state inside."""
         return self._holds("resumes", _resumes)
 
     def repeats_rows(self, width: int) -> bool:
-        """Whether rows may go on, token by token, from copies of one row's cache of `width` tokens."""
+        """Whether rows may continue, token by token, from copies of one row's cache of `width` tokens."""
         if self._cache_belongs_to_peft() or not self.goes_on_from_a_cache(width):
             return False
         return _found(self.model, "copies", lambda: _repeats_rows(self.model, self.generate))
 
     def _cache_belongs_to_peft(self) -> bool:
-        """Whether what a cache holds depends on soft prompts, or on which adapter is each row's."""
+        """Whether a cache's content depends on soft prompts, or on an adapter per row."""
         return soft_prompts_of(self.model) is not None or mixes_adapters(self.model)
 
     def counts_positions(self) -> bool:
-        """Whether the model's own count of positions is the loop's, from 0 on."""
+        """Whether the model numbers positions as the loop does, from 0 on."""
         if "position_ids" not in signature(self.model.forward).parameters or soft_prompts_of(self.model) is not None:
             return True
         return self._holds("positions", _counts_positions)
 
     def scores_prompts(self) -> bool:
-        """Whether a column's logits are what the loop gets for the text up to it, so that they score the next token."""
+        """Whether the logits at t depend on tokens 0..t alone (causal), so that they score the next token."""
         return self._holds("scores", _scores_prompts)
 
     def keeps_requests_apart(self, ask: Callable[[], bool]) -> bool:
-        """Whether requests of continuous batching stay what they are alone; `ask` tries it."""
+        """Whether continuous batching leaves each request's logits unchanged; `ask` tries it out."""
         known = is_known(self.model) and self.model.config.model_type not in _NOT_PAGED
         return known or _found(self.model, "requests", ask)
 
     def _holds(self, question: str, ask: Callable[[Any, Callable[..., Any]], bool]) -> bool:
-        if self.model.training or is_known(self.model):  # in training, dropout would be all that is found
+        if self.model.training or is_known(self.model):  # in training, dropout would make every comparison fail
             return True
         return _found(self.model, question, lambda: ask(self.model, self.generate))
 
 
 def goes_on_from_a_cache(model: Any, width: int) -> bool:
-    """Whether a text of `width` tokens may go on from the cache of its beginning, as far as its length matters.
+    """Whether a text of `width` tokens may continue from a prefix's cache, as far as its length matters.
 
-    It may not where rotary factors depend on the length, or where the cache has forgotten what the model still sees.
+    It may not if rotary factors depend on the length, or if the cache has dropped tokens that the model still sees.
     """
     limit = length_limit(model)
     return (limit is None or width <= limit) and _window_hides(model, width)
 
 
 def _window_hides(model: Any, width: int) -> bool:
-    """Whether the model does not look at what its cache forgets of a text of `width` tokens."""
+    """Whether the model's mask hides the tokens that its cache drops of a text of `width` tokens."""
     window = _window_of(model)
     if window is None or width <= window or not _may_take(model, CACHE_NAME):
         return True
@@ -139,26 +138,26 @@ def _window_hides(model: Any, width: int) -> bool:
 
 
 def _may_take(model: Any, name: str) -> bool:
-    """Whether the forward may take an argument: some wrappers do not spell theirs out."""
+    """Whether the forward may take an argument, by name or through `**kwargs`."""
     parameters = signature(model.forward).parameters
     return name in parameters or any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def is_known(model: Any) -> bool:
-    """Whether the model runs a family's own code, which the tests found to keep rows as they are alone."""
+    """Whether the model runs the unchanged code of a family in `KNOWN`."""
     if model.config.model_type not in KNOWN or ("forward" in vars(model) and not hasattr(model, "_hf_hook")):
         return False  # accelerate's hooks replace a forward and keep what it computes
     return all(_home_of(type(model), name) == "transformers" for name in ("forward", "prepare_inputs_for_generation"))
 
 
 def _home_of(model_class: Any, name: str) -> Any:
-    """The package that defines a method; this one's classes hand on to those that they derive from."""
+    """Return the package that defines a method. Skip this package: its methods call those of the base class."""
     homes = (one.__module__.partition(".")[0] for one in model_class.__mro__ if name in vars(one))
     return next(home for home in homes if home != __name__.partition(".")[0])
 
 
 def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
-    """The answer for this model, looked for once."""
+    """Return the stored answer for this model; ask if there is none."""
     answers = _FOUND.setdefault(model, {})
     if question not in answers:
         answers[question] = ask()
@@ -166,7 +165,7 @@ def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
 
 
 class _GoOn(LogitsProcessor):
-    """Go on with a text (B, T) as far as it goes, and then with one token, so that two runs can be compared."""
+    """Force a text (B, T) to its end, and then one token, so that two runs can be compared."""
 
     def __init__(self, text: Tensor, token: int) -> None:
         self.text, self.token = text, token
@@ -182,7 +181,7 @@ def _has_a_shared_cache(model: Any, generate: Callable[..., Any]) -> bool:
     ids = _some_ids(model, 8)[None]
     try:
         _, cache = _logits(generate, ids, torch.ones_like(ids))
-    except Exception:  # whatever a model says to a cache, it does not give one
+    except Exception:  # whatever the error, the model returns no cache
         return False
     return can_be_shared(cache)
 
@@ -208,16 +207,16 @@ def _reads_by_steps(model: Any, generate: Callable[..., Any]) -> bool:
 
 
 def _window_of(model: Any) -> int | None:
-    """How many tokens the model's cache remembers of a text in each layer, or None if all."""
+    """Return how many tokens of a text the model's cache keeps in its smallest layer, or None if all."""
     try:
         return window_of(DynamicCache(config=model.config))
-    except Exception:  # layers for which there is no such cache
+    except Exception:  # some layers have no such cache
         return None
 
 
 @torch.no_grad()
 def _short_window_hides(model: Any) -> bool:
-    """Try it on a copy of the modules, with the model's own weights and a window of 4: texts may stay short."""
+    """Try it on a copy of the modules that shares the weights, with a window of 4, so that a short text exceeds it."""
     try:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         small = copy.deepcopy(model, shared).eval()
@@ -230,8 +229,8 @@ def _short_window_hides(model: Any) -> bool:
         for part in (ids[:, :6], *(ids[:, at : at + 1] for at in range(6, 12))):
             parts.append(small(input_ids=part, **{CACHE_NAME: cache}, use_cache=True).logits)
             if cache.get_seq_length() == 0:
-                return True  # its states are its own, and no such cache forgets for it
-    except Exception:  # a model that cannot be copied, or is not called so
+                return True  # the model keeps its states elsewhere, so this cache drops nothing
+    except Exception:  # the model cannot be copied, or takes other arguments
         return False
     return window_of(cache) == 4 and equal_up_to_rounding(torch.cat(parts, 1).float(), whole.float(), model.dtype)
 
@@ -261,7 +260,7 @@ def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
             return False
         cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
         repeated, _ = _logits(generate, ids, torch.ones_like(ids), cache=cache)
-    except Exception:  # a cache of another kind, or one that is not taken
+    except Exception:  # a cache of another kind, or the model does not accept it
         return False
     return equal_up_to_rounding(repeated, whole, model.dtype)
 
@@ -288,7 +287,7 @@ def _keeps_rows_apart(model: Any, generate: Callable[..., Any]) -> bool:
 
 
 class _AllLogits:
-    """An observer that asks for the logits of all columns of the first forward, and keeps them."""
+    """Observer that asks for the logits of all columns of the first forward, and keeps them."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -317,7 +316,7 @@ def _scores_prompts(model: Any, generate: Callable[..., Any]) -> bool:
 
 
 class _WithoutPositions:
-    """An observer that forwards the first columns once more without the loop's positions, and keeps both logits."""
+    """Observer that forwards the first columns also without the loop's positions, and keeps both logits."""
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
@@ -337,13 +336,13 @@ def _counts_positions(model: Any, generate: Callable[..., Any]) -> bool:
     ids, both = _some_ids(model, 8)[None], _WithoutPositions()
     try:
         _logits(generate, ids, torch.ones_like(ids), observer=both)
-    except Exception:  # a model that needs them
+    except Exception:  # the model needs the positions
         return True
     return not both.logits or equal_up_to_rounding(both.logits[0].float(), both.logits[1].float(), model.dtype)
 
 
 def _some_ids(model: Any, count: int) -> Tensor:
-    """Some ids of the vocabulary, (count,)."""
+    """Make some ids of the vocabulary, (count,)."""
     return torch.arange(1, count + 1, device=device_of(model)) * 37 % vocab_size_of(model)
 
 
@@ -357,7 +356,7 @@ def _logits(
     observer: Observer | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """The logits of three steps after ids (B, T), (B, 3, V), and the cache; after a text that goes on from them."""
+    """Generate three steps after `text`, which begins with ids (B, T) and is forced; return logits (B, 3, V), cache."""
     text = ids if text is None else text
     config = GenerationConfig(
         do_sample=False,
@@ -379,7 +378,7 @@ def _logits(
 
 
 def equal_up_to_rounding(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits are equal up to the model's rounding at their size; a state that is lost is off by far more."""
+    """Whether logits are equal up to the dtype's rounding at their size; a lost state would differ by far more."""
     size = expected.abs().where(expected.abs() < 1e30, 0.0).max()  # some models mask ids with the least float
     allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * size
     return bool((found - expected).abs().max() <= allowed)

@@ -1,8 +1,7 @@
-"""What a call has read, kept for the next one: the turns of a conversation read only what is new.
+"""Keep the keys and values of a call's texts, so that the next turn of a conversation prefills only new tokens.
 
-A prompt that begins as a kept text does takes the keys and values of that beginning, up to the first token that
-differs, and is read from there on. What this module does not do: it lays out no batch and forwards no prompt; `sharing`
-does.
+A prompt that shares a prefix with a kept text takes the prefix's keys and values, and is prefilled from the first token
+that differs. What this module does not do: it lays out no batch and forwards no prompt; `sharing` does.
 """
 
 import weakref
@@ -21,26 +20,26 @@ from .model_info import device_of
 from .releases import CACHE_NAMES
 from .walk import CACHE_BYTES, forward_columns
 
-_CHECKED = 4  # tokens that are read again to see that the model is still the one that read the text
-_WORTH = 2 * _CHECKED  # a beginning that saves fewer tokens is read again
+_CHECKED = 4  # tokens to forward again, to check that the model still computes the same keys and values
+_WORTH = 2 * _CHECKED  # do not take a prefix that saves fewer tokens
 
 
 @dataclass(eq=False)
 class ReadText:
-    """A text, and what the model made of it."""
+    """A text, and the keys and values that the model computed for it."""
 
     ids: npt.NDArray[np.int64]  # (T,)
     states: LayerStates  # of these T columns
 
     def common(self, prompt: Sequence[int]) -> int:
-        """How many tokens a prompt begins with as this text does."""
+        """Return the length of the prefix that a prompt shares with this text."""
         length = min(len(self.ids), len(prompt))
         differs = np.flatnonzero(self.ids[:length] != np.asarray(prompt[:length]))
         return int(differs[0]) if len(differs) else length
 
 
 class Beginning(NamedTuple):
-    """The first tokens of a prompt, as a text that holds them."""
+    """A kept text, and the length of the prefix that a prompt shares with it."""
 
     text: ReadText
     length: int
@@ -48,13 +47,13 @@ class Beginning(NamedTuple):
 
 @dataclass(eq=False)
 class ReadTexts:
-    """The texts of one run: what earlier calls have read, and what it reads."""
+    """The texts of one run: those that earlier calls have prefilled, and its own."""
 
     earlier: list[ReadText] = field(default_factory=list)
     read: list[ReadText] = field(default_factory=list)
 
     def take(self, prompts: Sequence[Sequence[int]]) -> list[Beginning]:
-        """The longest known beginning of each prompt. What is not taken is let go of before the run needs memory."""
+        """Find the longest known prefix of each prompt. Drop all other texts, before the run needs memory."""
         earlier, self.earlier = self.earlier, []
         if not earlier:
             return []
@@ -64,7 +63,7 @@ class ReadTexts:
         ]
 
     def add(self, cache: Any, sequences: Tensor, spans: Sequence[slice]) -> None:
-        """Note what a run has read of each row: the columns of sequences (B, T) that are its own."""
+        """Store each row's keys and values after a run: `spans` are its columns in sequences (B, T)."""
         if not can_be_shared(cache) or not can_drop(cache):
             return
         held = int(cache.get_seq_length())
@@ -140,7 +139,7 @@ def check_prompt_cache(value: Any, model_kwargs: Mapping[str, Any]) -> PromptCac
 
 
 class _Weight(NamedTuple):
-    """A parameter or buffer, and which of its values it had."""
+    """A parameter or buffer, and its version when the texts were stored."""
 
     tensor: "weakref.ref[Tensor]"
     version: int  # counts changes in place
@@ -152,7 +151,7 @@ class _Kept(NamedTuple):
     weights: list[_Weight]
 
     def made_by(self, model: Any) -> bool:
-        """Whether a model's weights are those that read the texts, as far as torch counts what changes them."""
+        """Whether a model has the weights that computed the texts, as far as torch counts changes of them."""
         now = _weights_of(model)
         return (
             not model.training
@@ -177,14 +176,14 @@ def _bytes_of(texts: Sequence[ReadText]) -> int:
 
 
 def worth_taking(columns: int, rows: int) -> bool:
-    """Whether so many known columns of so many rows save more than the check costs."""
+    """Whether so many known columns, in so many rows, save more than the check costs."""
     return columns > 0 and columns * rows >= _WORTH
 
 
 def still_reads_alike(model: Any, generate: Callable[..., Any], text: ReadText) -> bool:
-    """Whether the model makes of a text's first tokens what it made of them before.
+    """Check that the model still computes the kept keys and values of a text's first tokens.
 
-    torch does not count every change: of weights through `.data`, adapters, hooks, the config.
+    torch does not count every change: weights through `.data`, adapters, hooks, the config.
     """
     ids = torch.as_tensor(text.ids[None, :_CHECKED], device=device_of(model))
     _, cache = forward_columns(model, generate, ids, None, ids[0, :0], use_cache=True)
@@ -195,7 +194,7 @@ def still_reads_alike(model: Any, generate: Callable[..., Any], text: ReadText) 
 
 
 def _equal(new: tuple[Tensor, Tensor] | None, old: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether the first keys and values are as before, up to the rounding of a forward of another shape."""
+    """Whether the first keys and values are unchanged, up to the rounding of a forward of another shape."""
     if new is None or old is None:
         return new is old
     return all(_close(one, other[..., : one.shape[-2], :]) for one, other in zip(new, old, strict=True))

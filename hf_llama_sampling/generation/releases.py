@@ -12,18 +12,18 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 OLDEST = "5.23"  # also in pyproject.toml; docs/versions.md says why
 
-# Releases from 5.24 on say `cache` in every signature and output, and warn of the older name.
+# Releases from 5.24 on use the name `cache` in every signature and output, and warn of the older name.
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 
 
 def cache_in(output: Any) -> Any:
-    """The cache in an output of transformers, under this release's name; None where there is none."""
+    """Return the cache in an output of transformers, under this release's name, or None."""
     return getattr(output, CACHE_NAME, None)
 
 
 def check_release(version: str = transformers.__version__) -> None:
-    """Refuse a release under which some answers would be wrong without a word.
+    """Refuse a release under which some answers would be silently wrong.
 
     >>> check_release("4.57.6")
     Traceback (most recent call last):

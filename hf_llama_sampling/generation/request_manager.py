@@ -1,7 +1,8 @@
 """transformers' continuous batching manager with LLAMA2's rule and one stream of random numbers per request.
 
-This module needs transformers' own classes for continuous batching as 5.23 has them; `continuous` imports it where they
-are there. What this module does not do: it schedules nothing (transformers does), and it reads no settings of a call.
+This module subclasses transformers 5.23's classes for continuous batching, some of them not public; `continuous`
+imports it only when called. What this module does not do: it schedules nothing (transformers does), and it reads no
+settings of a call.
 """
 
 import copy
@@ -33,7 +34,7 @@ _NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestSt
 
 @dataclass(frozen=True)
 class ManagerSettings:
-    """What a manager gives to requests that do not say otherwise, and what holds for all of them."""
+    """Defaults of requests without their own settings, and settings of all requests."""
 
     temperature: float
     top_p: float
@@ -60,7 +61,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len)
         own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
         config = copy.copy(config)
-        config.return_logprobs = True  # they carry the news of nan and inf too
+        config.return_logprobs = True  # also needed to report logits with nan or inf
         self._attention = model.config._attn_implementation
         try:
             super().__init__(model, own, config, hints)
@@ -73,13 +74,13 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._in_flight: set[str] = set()
 
     def _restore(self, model: Any) -> None:
-        """Leave the model's mode and attention as they were before."""
+        """Restore the model's mode and attention."""
         model.train(self._was_training)
         if model.config._attn_implementation != self._attention:
             model.set_attn_implementation(self._attention)
 
     def start(self) -> None:
-        """Start the thread that generates. The cache is made here, so that what is wrong with it is said here."""
+        """Start the thread that generates. Make the cache here, so that its errors are raised here."""
         if not self.is_running():
             self._was_training |= self.model.training
             forget_longer_texts(self.model.eval())
@@ -87,7 +88,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         super().start()
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the thread; transformers' arguments. The model is in the mode again that it was in before."""
+        """Stop the thread (transformers' arguments), and restore the model's training mode."""
         super().stop(*args, **kwargs)
         self.model.train(self._was_training)
         self._was_training = False
@@ -181,7 +182,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         return self.add_rows(prompts, rows, max_new_tokens=max_new_tokens, **kwargs)
 
     def add_rows(self, prompts: list[list[int]], rows: Sequence[dict[str, Any]], **common: Any) -> list[str | None]:
-        """Add a request for each prompt, each with keywords of its own and those of all; their ids in order."""
+        """Add a request for each prompt with its own keywords and the common ones; return the ids in order."""
         names = [self._new_id(None) for _ in prompts]
         order = range(len(prompts))
         for row in sorted(order, key=prompts.__getitem__, reverse=True) if self._use_prefix_sharing else order:
@@ -192,7 +193,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         return [name if self.is_tp_driver else None for name in names]
 
     def answers_at_once(self, prompts: list[list[int]]) -> list[GenerationOutput]:
-        """The results of some requests with the manager's settings, in this thread, without a start or a stop."""
+        """Run some requests with the manager's settings in this thread, without `start` and `stop`."""
         try:
             processor = self._processor()
             names = self.add_rows(prompts, [{"seed": 0}] * len(prompts))
@@ -211,7 +212,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         super().cancel_request(request_id)
 
     def _check_length(self, input_ids: Any, asked: Any) -> tuple[list[int], int]:
-        """The prompt, and its most new tokens: as asked, as far as lengths allow."""
+        """Check a prompt and its limit; return both, the limit cut to what `max_seq_len` leaves."""
         if asked is None:
             raise ValueError("max_new_tokens must be given: it is the most new tokens of a request")
         (prompt,) = read_prompts([input_ids], None, vocab_size_of(self.model))
@@ -237,7 +238,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         return prompt, limit
 
     def _refuse_keywords(self, others: dict[str, Any]) -> None:
-        """Refuse keywords that `add_request` does not have, by the sentence that `generate` has for them."""
+        """Refuse keywords that `add_request` does not have, with `generate`'s sentence if it has one."""
         sort_keywords(self.model, None, others, _OWN_ARGUMENTS, method="add_request")
         for name in others:
             raise TypeError(
@@ -269,10 +270,10 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             raise RuntimeError("the manager was stopped, and takes no requests any more: make a new one")
 
     def _with_children(self, state: RequestState) -> list[RequestState]:
-        """The request, and where transformers would make its children of an empty forward, those as requests.
+        """Return the request, with its children as requests if transformers (5.23) might fail to fork them.
 
-        It makes them when all tokens of a prompt but the last were read. Where those were read before, by another
-        request or (asynchronously) in the step before, nothing is left for that step, and alone it fails (5.23).
+        transformers forks children in the step that forwards a prompt's tokens but the last. If these are cached
+        already, by another request or by the step before (asynchronous), that step is empty, and alone it fails.
         """
         page = self.continuous_batching_config.page_size
         if not self.continuous_batching_config.use_async_batching and len(state.initial_tokens) % page != 1:
@@ -281,18 +282,18 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         return [state, *(state.fork(name) for name in self.children_of(state.request_id))]
 
     def children_of(self, request_id: str) -> list[str]:
-        """The ids of the copies that `num_return_sequences` makes of a request."""
+        """Return the ids of the copies that `num_return_sequences` makes of a request."""
         return [child_id(request_id, number) for number in range(self.num_return_sequences - 1)]
 
     def _answer_at_once(self, request_id: str, prompt: list[int]) -> None:
-        """A request without room for a token is finished as it comes, with its children."""
+        """Finish a request that may not generate any token, and its children, without the loop."""
         for name in [request_id, *self.children_of(request_id)]:
             state = RequestState(request_id=name, initial_tokens=prompt, max_new_tokens=0)
             state.status = RequestStatus.FINISHED
             self.output_router.deliver(state.to_generation_output())
 
     def _finish(self, output: GenerationOutput) -> GenerationOutput:
-        """An output as callers see it: with raw logprobs if they were asked for, and failed if its logits were nan."""
+        """Prepare an output for the caller: fail it if its logits were nan or inf; drop logprobs not asked for."""
         bad = next((step for step, value in enumerate(output.logprobs) if math.isnan(value)), None)
         if bad is not None and output.error is None:
             if not output.is_finished():
@@ -315,8 +316,8 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         return self.batch_processor
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        """transformers' own, storing our logprobs. It seeds torch's global generators, which are put back."""
-        if self.batch_processor is not None:  # it starts anew, in the manager's thread
+        """Make transformers' processor, store our logprobs in it, and restore torch's generators, which it seeds."""
+        if self.batch_processor is not None:  # the manager's thread restarts it
             return super()._create_batch_processor()
         device, offload = self.model.device, self.continuous_batching_config.cpu_offload_space
         try:
@@ -337,7 +338,7 @@ _OWN_ARGUMENTS = [name for name in inspect.signature(LlamaBatchingManager.add_re
 
 
 class _Router(OutputRouter):
-    """transformers' router, which sees each output last."""
+    """transformers' output router; passes each output through `finish` before delivery."""
 
     def __init__(self, finish: Callable[[GenerationOutput], GenerationOutput]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Collecting rows: the columns that a run made become, row by row, tokens and the scores beside them.
+"""Collect rows: split the columns of a run into each row's tokens and scores.
 
 What this module does not do: it cuts nothing at an EOS; `trimming` does.
 """
@@ -45,10 +45,9 @@ class Rows:
 def run_parts(
     model: Any, generate: Callable[..., Any], plan: Plan, call: Call, prompt_cache: PromptCache | None
 ) -> tuple[Rows, dict[str, Any]]:
-    """Run a plan, part by part where rows must not see each other; the rows in their order, and the loop's extras.
+    """Run a plan, split as `apart` says; return its rows in order, and the loop's extras if there was one part.
 
-    Extras of several parts do not line up, so there are none. A prompt cache gives what it holds, and takes what the
-    run has read if that comes to its end.
+    Extras of several parts do not line up. The prompt cache is emptied first, and filled when the run has succeeded.
     """
     parts = plan.parts()
     if len(parts) > 1:
@@ -83,7 +82,7 @@ def _run(
 
 
 def _refuse_for_parts(call: Call) -> None:
-    """Refuse what goes with one run: a streamer, a time, a cache, inputs beside the ids."""
+    """Refuse arguments that only one run can take: a streamer, `max_time`, a cache, inputs beside the ids."""
     beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == CACHE_NAME]
     beside += beside_tokens(call.to_model)
     names = [name for name in ("streamer",) if call.to_loop.get(name) is not None]
@@ -96,7 +95,7 @@ def _refuse_for_parts(call: Call) -> None:
 
 
 def collect_rows(plan: Plan, run: Finished) -> Rows:
-    """Rows out of the columns of a run."""
+    """Split the columns of a run into rows."""
     state, sequences, prompt_scores = run.state, run.sequences, run.prompt_scores
     width = sequences.shape[1]
     spans = row_spans(plan, run.stops, width)
@@ -117,7 +116,7 @@ def collect_rows(plan: Plan, run: Finished) -> Rows:
 
 
 def _collect_draws(rows: Rows, plan: Plan, state: LoopState, made: int, spans: list[slice]) -> None:
-    """What each token was drawn with; prompt tokens were not drawn, and count as certain as those of greedy rows."""
+    """Collect the probabilities that tokens were drawn with; 1 for prompt tokens, as for greedy ones."""
     blank = torch.ones(len(spans), plan.start, device=plan.device)
     probs, masses = (
         torch.cat([blank, *(values[:, None] for values in steps[:made])], 1)  # (B, columns)
@@ -132,7 +131,7 @@ def _collect_draws(rows: Rows, plan: Plan, state: LoopState, made: int, spans: l
 
 
 def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, width: int) -> TokenScores:
-    """The scores of all columns, those of the prompts first, with 0.0 where nothing was scored."""
+    """Join the scores of all columns, prompts first, with 0.0 for columns without scores."""
     steps = state.scores[: width - plan.start]
     blank = width - (0 if prompts is None else prompts.logprobs.shape[1]) - len(steps)
     return concatenate(
@@ -145,7 +144,7 @@ def _score_columns(plan: Plan, state: LoopState, prompts: TokenScores | None, wi
 
 
 def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_kwargs: dict[str, Any]) -> Rows:
-    """The rows of a call with nothing to generate, as `compat="meta"` scores them.
+    """Score the rows of a call with nothing to generate, as `compat="meta"` does.
 
     The reference then scores each token under the logits of its own column instead of the column before
     (facebookresearch/llama, ``llama/generation.py``, ``if min_prompt_len == total_len``).

@@ -1,7 +1,7 @@
 """Raw log-probabilities of given tokens, in memory bounded by a byte budget.
 
-transformers' loop prefills the prompts, in chunks where they do not fit the budget; each chunk's logits are reduced to
-the few numbers asked for, and the loop goes on from its own cache. No (B, T, V) tensor is built. Logprobs are of the
+transformers' loop prefills the prompts, in chunks if they do not fit the budget; each chunk's logits are reduced to the
+few numbers asked for, and the loop continues from its own cache. No (B, T, V) tensor is built. Logprobs are of the
 float32 logits, without temperature or nucleus (facebookresearch/llama, ``llama/generation.py``). What this module does
 not do: it samples nothing and trims nothing.
 """
@@ -27,18 +27,18 @@ TopLogprobs = list[tuple[int, float]]
 NamedLogprobs = list[tuple[int, float, int]]
 """The ids that were asked for at one position, in that order, with their raw logprobs and ranks, from 1."""
 
-# For the float32 logits of one chunk and what is made from them. Each chunk reads all weights once more, so a small
+# For one chunk's float32 logits and the tensors computed from them. Each chunk reads all weights again, so a small
 # budget costs time: with 135M weights, 8 rows and 255 columns, 16 MiB takes 1.8 times as long as 128 MiB.
 CHUNK_BYTES = 128 << 20
-_PIECES = 16  # pieces of a budget in which logits are reduced: small enough for a cache, and for what is made of them
+_PIECES = 16  # reduce logits in pieces of 1/16 of the budget: they fit a processor's cache, and leave memory over
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What is asked for at each position, beside the logprob of the token that stands there."""
+    """Scores to return at each position, beside the logprob of its token."""
 
-    top: int  # how many best tokens
-    named: list[list[int]]  # for each row the ids whose logprobs and ranks are wanted
+    top: int  # number of best tokens
+    named: list[list[int]]  # for each row the ids whose logprobs and ranks to return
     device: torch.device
 
     @cached_property
@@ -54,12 +54,12 @@ class Asked:
         return all(ids == self.named[0] for ids in self.named)
 
     def of_rows(self, rows: Sequence[int]) -> "Asked":
-        """What is asked for in some rows."""
+        """Select some rows."""
         return Asked(self.top, [self.named[row] for row in rows], self.device)
 
 
 class TokenScores(NamedTuple):
-    """At the same places the logprobs of given tokens, of the k best ones, and of n named ones with their ranks."""
+    """At each place: the logprobs of its token, of the k best tokens, and of n named ids with their ranks."""
 
     logprobs: Tensor  # (B, T)
     top_ids: Tensor  # (B, T, k)
@@ -69,7 +69,7 @@ class TokenScores(NamedTuple):
 
 
 def score(logits: Tensor, targets: Tensor, ids: Tensor, top: int) -> TokenScores:
-    """Scores of targets, of named ids and of the `top` best. logits: (B, T, V), targets: (B, T), ids: (B, T, n)."""
+    """Score targets, named ids and the `top` best tokens. logits: (B, T, V), targets: (B, T), ids: (B, T, n)."""
     logits = logits.float()
     norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # (B, T, 1)
     chosen = (logits.gather(-1, targets[..., None]) - norm).squeeze(-1)
@@ -78,7 +78,7 @@ def score(logits: Tensor, targets: Tensor, ids: Tensor, top: int) -> TokenScores
 
 
 def ranks(logits: Tensor, ids: Tensor) -> Tensor:
-    """The ranks of ids: 1 for the most probable one; among equal logits the lower id comes first.
+    """Rank ids: 1 for the most probable one; among equal logits the lower id comes first.
 
     Args:
         logits: (..., V).
@@ -98,14 +98,14 @@ def ranks(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
-    """One after the other along T."""
+    """Concatenate along T."""
     return TokenScores(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 
 def score_in_pieces(
     logits: Tensor, targets: Tensor, ids: Tensor, top: int, chunk_bytes: int
 ) -> tuple[TokenScores, Tensor]:
-    """`score`, and (B, T) whether logits hold nan or inf, with a part of the budget for what is made on the way."""
+    """`score` piece by piece, to bound memory; also return (B, T) whether logits hold nan or inf."""
     batch, width, vocab_size = logits.shape
     rows = rows_per_piece(vocab_size, chunk_bytes)
     flat = (logits.flatten(0, 1), targets.flatten(), ids.flatten(0, 1))
@@ -116,21 +116,21 @@ def score_in_pieces(
 
 
 def nonfinite_rows(logits: Tensor) -> Tensor:
-    """(...,) whether logits (..., V) hold nan or inf. Their sum would not tell: finite ones may add up to infinity."""
+    """(...,) whether logits (..., V) hold nan or inf. A sum cannot tell: finite logits may add up to infinity."""
     least, most = torch.aminmax(logits, dim=-1)
     return least * 0 != most * 0  # 0 times nan or inf is nan, which equals nothing
 
 
 @dataclass
 class RowScores:
-    """Scores beside one row's tokens."""
+    """Scores of one row, one entry per token."""
 
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
     named: list[NamedLogprobs] = field(default_factory=list)
 
     def after(self, prompt: "RowScores") -> "RowScores":
-        """A row's scores with those of its prompt replaced."""
+        """Replace the scores of the row's first tokens by those of its prompt."""
         given = len(prompt.logprobs)
         return RowScores(
             prompt.logprobs + self.logprobs[given:],
@@ -140,57 +140,56 @@ class RowScores:
 
 
 def row_scores(scores: TokenScores, row: int, span: slice, asked: Asked) -> RowScores:
-    """One row's scores as lists. Nothing stands before the first token: 0.0, and no best or named tokens."""
+    """Return one row's scores as lists; 0.0, and no best or named tokens, for the first token, which has no context."""
     found = unshifted_row_scores(scores, row, span, asked)
     found.logprobs[0], found.top_logprobs[0], found.named[0] = 0.0, [], []
     return found
 
 
 def unshifted_row_scores(scores: TokenScores, row: int, span: slice, asked: Asked) -> RowScores:
-    """One row's scores as lists, the first one's included."""
+    """Return one row's scores as lists, the first token's included."""
     ids, best = scores.top_ids[row, span].tolist(), scores.top_logprobs[row, span].tolist()
     tops = [list(zip(i, b, strict=True)) for i, b in zip(ids, best, strict=True)]
     logprobs, places = scores.named_logprobs[row, span].tolist(), scores.named_ranks[row, span].tolist()
-    # Rows with shorter lists have columns that nobody asked for.
+    # `strict=False` drops the padding of shorter lists.
     named = [list(zip(asked.named[row], *both, strict=False)) for both in zip(logprobs, places, strict=True)]
     return RowScores(scores.logprobs[row, span].tolist(), tops, named)
 
 
 def unscored(columns: int, asked: Asked) -> TokenScores:
-    """Columns without scores: logprob 0.0."""
+    """Make columns without scores: logprob 0.0."""
     rows, device = len(asked.named), asked.device
     best, named = (torch.zeros(rows, columns, count, device=device) for count in (asked.top, asked.ids.shape[1]))
     return TokenScores(torch.zeros(rows, columns, device=device), best.long(), best, named, named.long())
 
 
 def columns_per_chunk(batch: int, vocab_size: int, chunk_bytes: int) -> int:
-    """How many columns fit the budget, one at least."""
+    """Compute how many columns fit the budget, at least one; see `bytes_for`."""
     return max(1, 3 * chunk_bytes // (16 * batch * vocab_size))
 
 
 def rows_per_piece(vocab_size: int, chunk_bytes: int) -> int:
-    """How many rows of logits are reduced at once."""
+    """Compute how many rows of logits to reduce in one piece."""
     return max(1, chunk_bytes // (4 * _PIECES * vocab_size))
 
 
 def bytes_for(batch: int, vocab_size: int, columns: int) -> int:
-    """The budget that so many columns need: 4 bytes a logit, and a third as much for what is made of them."""
+    """Compute the budget for so many columns: 4 bytes a logit, and a third as much for the tensors computed from it."""
     return math.ceil(16 * batch * vocab_size * columns / 3)
 
 
 class PromptScorer:
     """Scores the columns of prompts as transformers' loop prefills them.
 
-    It stands between the loop and the model's forward, so the model gets what the loop gives it, whatever wraps the
-    model: it only asks for the logits of all columns, reduces them, and hands the last column's on.
+    An observer between the loop and the model's forward: it asks for the logits of all columns, reduces them, and
+    returns the last column's to the loop. So the model's inputs are the loop's own, whatever wraps the model.
 
     Args:
-        name: of the model, for errors.
-        targets: (B, T), for each column of the prompts the token to score under its logits. The last column may have
-            none.
-        columns: columns of the prompts.
-        chunk: columns in one forward at most, or None for all at once.
-        asked: what is asked for at each place, beside the targets.
+        name: the model's, for errors.
+        targets: (B, T), for each column the token to score under its logits; the last column may have none.
+        columns: number of the prompts' columns.
+        chunk: most columns in one forward; None for all.
+        asked: scores to compute at each place, beside the targets'.
         chunk_bytes: the memory budget of a chunk.
     """
 
@@ -204,7 +203,7 @@ class PromptScorer:
         self.bad: list[Tensor] = []  # (B, n) each: whether a column's logits hold nan or inf
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Forward, and score the columns of this forward if the prompts are not through."""
+        """Forward, and score this forward's columns if they belong to the prompts."""
         width = min(self.chunk, self.columns - self.seen)
         if width <= 0:
             return forward(*args, **kwargs)
@@ -214,14 +213,14 @@ class PromptScorer:
         logits = output.logits  # (B, width or more, V), on the last device of a model that is spread over several
         if logits.shape[1] < width:
             raise ValueError(too_few_logits(self.name, logits.shape[1], width))
-        # Soft prompts stand before a text's own columns.
+        # Count from the end, since soft prompts precede a text's own columns.
         self._score(logits[:, -width:], self.targets[:, self.seen : self.seen + width])
         self.seen += width
         output.logits = logits[:, -1:].clone()
         return output
 
     def _score(self, logits: Tensor, targets: Tensor) -> None:
-        """Keep the scores of the targets (B, n) under the first n columns of the logits."""
+        """Score the targets (B, n) under the first n columns of the logits, and store the scores."""
         if not targets.shape[1]:
             return
         logits = logits[:, : targets.shape[1]]
@@ -232,25 +231,25 @@ class PromptScorer:
         self.bad.append(bad.to(targets.device))
 
     def take(self, scores: TokenScores | None, bad: Tensor | None) -> None:
-        """Take over the scores of the first columns, which were prefilled before."""
+        """Take over the scores of the first columns, which a shared prefill has computed."""
         if scores is not None and bad is not None:
             self.parts.append(scores)
             self.bad.append(bad)
             self.seen = bad.shape[1]
 
     def found(self) -> tuple[TokenScores, Tensor]:
-        """The scores of all targets, and (B, T) whether a column's logits hold nan or inf."""
+        """Return the scores of all targets, and (B, T) whether a column's logits hold nan or inf."""
         return concatenate(self.parts), torch.cat(self.bad, dim=1)
 
     def scores(self, offsets: Sequence[int], real: Tensor | None = None) -> TokenScores:
-        """The scores of all targets.
+        """Return the scores of all targets.
 
         Args:
             offsets: the column in which each row starts.
-            real: (B, T), where the scores mean something; if not given, from each row's first column on.
+            real: (B, T), 0 for columns of padding; by default, the columns before each row's first.
 
         Raises:
-            ValueError: a logit is nan or inf in a column that means something; row and position are named.
+            ValueError: a logit is nan or inf outside padding; row and position are named.
         """
         scores, bad = self.found()
         first = torch.tensor(offsets, device=bad.device)[:, None]
@@ -271,13 +270,13 @@ def score_prompts(
     chunk_bytes: int,
     model_kwargs: dict[str, Any] | None = None,
 ) -> list[RowScores]:
-    """Scores of whole prompts, right-padded: padding after a token cannot change its score, so no mask is needed.
+    """Score whole prompts, right-padded: padding after a token cannot change its score, so no mask is needed.
 
     Args:
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
         prompts: lists of ids.
-        asked: what is asked for at each position, beside its token.
+        asked: scores to compute at each position, beside its token's.
         chunk_bytes: memory for the logits of one chunk of columns.
         model_kwargs: further arguments of the model's `forward`.
 
@@ -288,7 +287,7 @@ def score_prompts(
     columns = unscored(1, asked)
     if ids.shape[1] > 1:
         given = lay_out_beside_tokens(model_kwargs or {}, mask)
-        # What stands beside the ids, such as an image, goes with all of them; else the last need not be read.
+        # Inputs beside the ids, such as images, need all ids. Otherwise leave out the last one, which scores nothing.
         read = ids if given else ids[:, :-1]
         scorer = prefill_only(model, generate, read, ids[:, 1:], asked, chunk_bytes, given)
         columns = concatenate([columns, scorer.scores([0] * len(prompts), mask[:, 1:])])
@@ -304,7 +303,7 @@ def prefill_only(
     chunk_bytes: int,
     model_kwargs: dict[str, Any],
 ) -> PromptScorer:
-    """Let transformers' loop prefill `input_ids` (B, T) for one token that nobody reads, and score `targets` (B, T)."""
+    """Prefill `input_ids` (B, T), score `targets` (B, T), and discard the one token that `generate` must make."""
     chunk = chunk_of(model, generate, input_ids, chunk_bytes, whole=bool(beside_tokens(model_kwargs)))
     scorer = PromptScorer(
         type(model).__name__, targets, columns=input_ids.shape[1], chunk=chunk, asked=asked, chunk_bytes=chunk_bytes
@@ -316,7 +315,7 @@ def prefill_only(
 
 
 def refuse_other_positions(model: Any, probe: Probe) -> None:
-    """Refuse a model that the loop tells other positions than its own forward counts: it was trained on the latter."""
+    """Refuse a model that numbers positions otherwise than the loop: it was trained on its own numbers."""
     if not probe.counts_positions():
         raise ValueError(
             f"{type(model).__name__} counts the positions of a text in its own way, and transformers' loop tells it "
@@ -325,7 +324,7 @@ def refuse_other_positions(model: Any, probe: Probe) -> None:
 
 
 def refuse_without_order(model: Any, probe: Probe) -> None:
-    """Refuse logprobs of given texts from a model whose logits at a token are not those of what comes next."""
+    """Refuse logprobs of given texts from a model that is not causal: its logits at t do not score token t + 1."""
     if not probe.scores_prompts():
         raise ValueError(
             "logprobs of a given text need a model that reads from left to right and gives the logits of all its "
@@ -336,12 +335,12 @@ def refuse_without_order(model: Any, probe: Probe) -> None:
 def chunk_of(
     model: Any, generate: Callable[..., Any], input_ids: Tensor, chunk_bytes: int, *, whole: bool = False
 ) -> int | None:
-    """Columns of one forward where prompts (B, T) do not fit the budget at once, else None.
+    """Compute the columns of one chunk if prompts (B, T) do not fit the budget as a whole, else None.
 
-    `whole`: whether tokens may see what follows them, so that a part is not what it is in the whole.
+    `whole`: whether to forbid chunks, since tokens of an image may see later ones.
 
     Raises:
-        ValueError: the text cannot be read in chunks.
+        ValueError: the text does not fit, and cannot be forwarded in chunks.
     """
     batch, width = input_ids.shape
     columns = columns_per_chunk(batch, vocab_size_of(model), chunk_bytes)
@@ -358,7 +357,7 @@ def chunk_of(
 
 
 def too_few_logits(name: str, found: int, width: int) -> str:
-    """The refusal of a model whose forward gives fewer logits than were asked for."""
+    """Word the refusal of a model whose forward returns fewer logits than asked for."""
     return (
         f"logprobs of a prompt need the logits of all its positions, and {name} gives {found} for {width}: leave out "
         "echo and logprobs, or take another model"
@@ -366,7 +365,7 @@ def too_few_logits(name: str, found: int, width: int) -> str:
 
 
 def needs_one_chunk(model: Any, batch: int, width: int) -> str:
-    """The refusal of several chunks, with the budget that one needs."""
+    """Word the refusal of several chunks, with the budget for one."""
     cache = "keys and values alone" if soft_prompts_of(model) is None else "the text alone, without virtual tokens"
     return (
         f"scoring a text chunk by chunk needs a cache of {cache} that forgets none that is still seen, and "

@@ -1,15 +1,15 @@
-"""Prefilling once what rows of a batch share: a common beginning, and rows that are equal; not at all what is known.
+"""Prefill once the tokens that rows share (a common prefix, equal rows); reuse those that an earlier call prefilled.
 
 Three rows in the padded schedule, the first two equal; all begin with `a b c`::
 
-    . . a b c d      1. one row        a b              the common beginning, but for its last token
+    . . a b c d      1. one row        a b              the common prefix without its last token
     . . a b c d      2. unique rows    . . a b c | d    from the cache of step 1, laid out as in the batch,
     a b c e f g                        a b c e f | g    up to the last column
                      3. the loop       all rows, from the caches of step 2: the last column, then new tokens
 
-Where an earlier call has read the beginnings of all rows (see `prompt_cache`), its keys and values take the place of
-step 1. The layout of the batch is the same with and without sharing, so masks, positions and windows are. What this
-module does not do: it generates nothing; transformers' loop goes on from the cache that it gives.
+If an earlier call has prefilled a prefix of every row (see `prompt_cache`), its keys and values replace step 1. The
+layout of the batch is the same with and without sharing, and so are masks, positions and windows. What this module does
+not do: it generates nothing; transformers' loop continues from the cache that it returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,32 +29,32 @@ from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, TokenScores, chunk_of
 from .walk import forward_cost
 
-# Sharing by default must save so many forwards' costs: the first call of a model tries its caches out.
+# Share by default only if that saves the cost of so many forwards: a model's first call also has to probe its caches.
 _WORTH = 4
 
 
 @dataclass(frozen=True)
 class SharedPrefill:
-    """The first columns of a batch, prefilled."""
+    """The cache and the scores of a batch's first columns."""
 
     columns: int
     cache: Any  # of these columns, B rows
-    scores: TokenScores | None  # of the tokens after each of them, (B, columns), if they were asked for
+    scores: TokenScores | None  # of the token after each column, (B, columns), if asked for
     bad: Tensor | None  # (B, columns) whether a column's logits hold nan or inf
 
 
 def share_prefill(
     model: Any, generate: Callable[..., Any], plan: Plan, call: Call, *, scored: bool, texts: ReadTexts | None = None
 ) -> SharedPrefill | None:
-    """Prefill what rows share, or nothing (None) where that saves too little or the model's caches do not allow it.
+    """Prefill the tokens that rows share; return None if that saves too little or the model's caches do not allow it.
 
     Args:
         model: a decoder-only causal language model.
         generate: transformers' own `generate` of that model, which takes an `observer`.
-        plan: how rows are laid out, and whether sharing was asked for.
+        plan: the rows' layout, and whether sharing was asked for.
         call: the keywords that go to the loop and to the model.
         scored: whether the columns' scores are wanted.
-        texts: what earlier calls have read; it is taken out.
+        texts: prefilled texts of earlier calls; they are taken out.
     """
     known = [] if texts is None else texts.take(plan.prompts)
     if not leaves_cache(call):
@@ -63,7 +63,7 @@ def share_prefill(
     first_rows, index = _unique_rows(ids, mask, plan.asked.named if scored else None)
     stage = _Stages(model, generate, plan, scored)
     shared = None
-    if known and not scored:  # the scores of what is not forwarded are not known
+    if known and not scored:  # cached tokens are not forwarded, so they have no scores
         shared = stage.known_beginnings(first_rows, [known[row] for row in first_rows])
     del known
     if plan.share_prefix is not False:
@@ -74,14 +74,14 @@ def share_prefill(
 def _share(
     stage: "_Stages", ids: Tensor, mask: Tensor, first_rows: list[int], copies: int, known: SharedPrefill | None
 ) -> SharedPrefill | None:
-    """Prefill the unique rows of a batch (B, T) as far as they share more than is known, and as far as that pays."""
+    """Prefill the common prefix and the unique rows of a batch (B, T), each only if it saves enough beyond `known`."""
     plan, probe = stage.plan, stage.probe
     least = 1 if plan.share_prefix else _WORTH * forward_cost(plan.device)
     read, last = 0 if known is None else known.columns, plan.start - 1
     common = _common_columns(plan, first_rows)
     prefix = common if common > read and common * (len(first_rows) - 1) >= least else 0
     if stage.scored and not plan.asked.same_for_all:
-        prefix = 0  # one row stands for all
+        prefix = 0  # the prefix is scored in one row, so all rows must ask for the same ids
     if prefix and not (
         probe.reads_in_chunks(plan.start) and (min(plan.offsets) == max(plan.offsets) or probe.moves_behind_padding())
     ):
@@ -96,7 +96,7 @@ def _share(
 
 
 def leaves_cache(call: Call) -> bool:
-    """Whether a call leaves the caches, and what is read of the prefill, to us."""
+    """Whether a call leaves the cache and the prefill to us: no inputs or options that depend on either."""
     asked = call.options
     return not (
         call.to_model
@@ -109,7 +109,7 @@ def leaves_cache(call: Call) -> bool:
 
 
 def _unique_rows(ids: Tensor, mask: Tensor, named: list[list[int]] | None = None) -> tuple[list[int], list[int]]:
-    """The first of each kind of row, and for each row which of these it equals. ids, mask: (B, T); named: B lists.
+    """Find the unique rows, and for each row the index of its unique row. ids, mask: (B, T); named: B lists.
 
     >>> _unique_rows(torch.tensor([[1, 5], [1, 6], [1, 5]]), torch.ones(3, 2))
     ([0, 1], [0, 1, 0])
@@ -127,7 +127,7 @@ def _unique_rows(ids: Tensor, mask: Tensor, named: list[list[int]] | None = None
 
 
 def _common_columns(plan: Plan, rows: Sequence[int]) -> int:
-    """Tokens that all these rows begin with, but for the last of them, and that the loop prefills."""
+    """Count the prefilled tokens that all these rows begin with, less one: the last is left to forward."""
     first, *others = (plan.prompts[row] for row in rows)
     common = min(map(len, (first, *others)))
     for prompt in others:
@@ -136,14 +136,14 @@ def _common_columns(plan: Plan, rows: Sequence[int]) -> int:
 
 
 class _Stages:
-    """The steps of a shared prefill, each a run of transformers' own loop that makes a token which nobody reads."""
+    """Steps of a shared prefill. Each runs transformers' own loop, and discards the one token that it must make."""
 
     def __init__(self, model: Any, generate: Callable[..., Any], plan: Plan, scored: bool) -> None:
         self.model, self.generate, self.plan, self.scored = model, generate, plan, scored
         self.probe = Probe(model, generate)
 
     def known_beginnings(self, rows: Sequence[int], known: Sequence[Beginning]) -> SharedPrefill | None:
-        """The columns of which earlier calls have read all that stands in them; None where that is too little."""
+        """Take the columns that earlier calls have prefilled in every row; None if they save too little."""
         plan, offsets = self.plan, [self.plan.offsets[row] for row in rows]
         ends = [
             offset + min(found.length, len(plan.prompts[row]) - 1)
@@ -162,7 +162,7 @@ class _Stages:
         return SharedPrefill(columns, cache, None, None)
 
     def common_beginning(self, rows: Sequence[int], columns: int) -> SharedPrefill:
-        """One row of the common beginning, laid out behind each row's padding."""
+        """Prefill the common prefix in one row, and lay it out behind each row's padding."""
         prompt = self.plan.prompts[rows[0]]
         ids = torch.tensor([prompt[:columns]], device=self.plan.device)
         targets = torch.tensor([prompt[1 : columns + 1]], device=self.plan.device)
@@ -179,12 +179,12 @@ class _Stages:
     def unique_rows(
         self, rows: list[int], ids: Tensor, mask: Tensor, targets: Tensor, before: SharedPrefill | None
     ) -> SharedPrefill:
-        """One row of each kind, from the cache of the common beginning. ids, mask, targets: (B, T)."""
+        """Prefill the unique rows, from the cache of the common prefix. ids, mask, targets: (B, T)."""
         cache = None if before is None else before.cache
         return self.prefill(rows, ids[rows], mask[rows], targets[rows], cache, before)
 
     def all_rows(self, shared: SharedPrefill, index: Tensor) -> SharedPrefill:
-        """Each row's copy of what was prefilled for its kind. index: (B,)."""
+        """Give each row a copy of its unique row's cache and scores. index: (B,)."""
         if len(set(index.tolist())) == len(index):
             return shared
         scores = None if shared.scores is None else TokenScores(*(column[index] for column in shared.scores))
@@ -200,9 +200,9 @@ class _Stages:
         cache: Any,
         before: SharedPrefill | None = None,
     ) -> SharedPrefill:
-        """Forward ids (N, T), of which `cache` may hold the first columns; with the targets' scores if wanted.
+        """Prefill ids (N, T), whose first columns `cache` may hold; score the targets if wanted.
 
-        `rows` (N) are the rows of the batch that they stand for.
+        `rows` (N) are these rows' indices in the batch.
         """
         chunk = chunk_of(self.model, self.generate, ids, self.plan.chunk_bytes) if self.scored else None
         scorer = None

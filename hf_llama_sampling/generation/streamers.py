@@ -1,6 +1,6 @@
-"""Streamers: whoever reads from one never waits for ever.
+"""End the caller's streamer even if the call fails, so that its readers do not wait for ever.
 
-What this module does not do: it makes no text; streamers of the caller's do.
+What this module does not do: it makes no text; the caller's streamers do.
 """
 
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class _Tracked:
-    """A streamer that knows whether it has been ended."""
+    """A streamer that records whether it has been ended."""
 
     def __init__(self, streamer: Any) -> None:
         self.streamer, self.ended = streamer, False
 
     def put(self, value: Any) -> None:
-        """Hand tokens on."""
+        """Pass tokens on."""
         self.streamer.put(value)
 
     def end(self) -> None:
@@ -43,11 +43,11 @@ def ended_with_the_call(keywords: dict[str, Any]) -> Iterator[None]:
 
 
 def _end(streamer: Any) -> None:
-    """End a streamer, whatever else is wrong with it: the error that is on its way out must not be replaced."""
+    """End a streamer, and swallow its own errors: they must not replace the error that is being raised."""
     try:
         streamer.end()
     except Exception:
-        # Text that is still held back cannot be decoded; a reader is told the end all the same.
+        # The text still held back cannot be decoded; signal the end to the reader all the same.
         try:
             streamer.on_finalized_text("", stream_end=True)
         except Exception:

@@ -1,7 +1,7 @@
-"""A run as an iterator of events: it goes on only while events are asked for, and ends with the iterator.
+"""Iterate over the events of a run: it proceeds only when the next event is requested, and ends with the iterator.
 
-transformers' loop calls out and cannot be paused, so it runs in a thread of its own, in step with the consumer: one of
-the two works at a time. What this module does not do: it makes no events (see `events`).
+transformers' loop cannot yield, so it runs in a thread that takes turns with the consumer: only one of the two works at
+a time. What this module does not do: it makes no events (see `events`).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from .model_info import device_of
 def stream_events(
     model: Any, inputs: Any, decoders: Decoders, stop: Stop | None, options: dict[str, Any]
 ) -> Iterator[TokenEvent]:
-    """The events of `model.generate(inputs, **options)`.
+    """Yield the events of `model.generate(inputs, **options)`.
 
-    Closing the iterator ends the run, and its errors are raised here. Nothing runs before the first event is asked for.
+    Closing the iterator ends the run, and the run's errors are raised here. Nothing runs before the first `next`.
     """
     run = _PausedRun(_thread_settings(device_of(model)))
 
@@ -39,14 +39,14 @@ def stream_events(
 
 
 class _Closed(BaseException):
-    """Ends a run whose consumer has gone; nobody sees it."""
+    """Ends a run whose consumer has closed the iterator; never leaves the thread."""
 
 
 class _PausedRun:
     """A thread that works only while its consumer waits.
 
     Args:
-        settings: makes a context that the thread works in.
+        settings: makes the thread's context manager.
     """
 
     def __init__(self, settings: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
@@ -56,7 +56,7 @@ class _PausedRun:
         self.closed = False
 
     def hand_over(self, events: list[TokenEvent]) -> None:
-        """In the thread: give events to the consumer, and wait until more are wanted."""
+        """In the thread: pass events to the consumer, and wait for the next request."""
         if not events and not self.closed:
             return
         self.made.put((events, False, None))
@@ -65,7 +65,7 @@ class _PausedRun:
             raise _Closed
 
     def events(self, work: Callable[[], list[TokenEvent]]) -> Iterator[TokenEvent]:
-        """All events of some work, whose last ones it returns."""
+        """Run `work` in the thread; yield the events that it hands over, then those that it returns."""
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(self._work, work), daemon=True)
         thread.start()
@@ -96,7 +96,7 @@ class _PausedRun:
 
 
 def _thread_settings(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """What torch keeps per thread, as it is in this one: autocast and the current GPU."""
+    """Copy this thread's torch settings for another thread: autocast and the current GPU."""
     kinds = {device.type, "cpu"}
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 

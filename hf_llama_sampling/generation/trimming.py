@@ -1,4 +1,4 @@
-"""What of a finished row is the answer: where it starts, where it is cut, and why it ended. Pure Python.
+"""Cut the answer out of a finished row, and tell why the row ended. Pure Python.
 
 The rule is facebookresearch/llama, ``llama/generation.py``, the end of ``Llama.generate``: prompt + at most
 ``max_gen_len`` tokens, without the prompt unless ``echo``, cut before the first EOS. What this module does not do: it
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length"]
 def answer_span(
     tokens: Sequence[int], prompt_len: int, *, echo: bool, eos_ids: Collection[int], compat: Compat
 ) -> slice:
-    """The part of a row that is its answer; logprobs are cut alike.
+    """Find the slice of a row that is its answer; it applies to logprobs too.
 
     With prompt ``P`` (EOS inside), completion ``g`` and EOS ``.`` the row ``P P . P g g .`` gives::
 
@@ -25,7 +25,7 @@ def answer_span(
 
     Args:
         tokens: the row: its prompt and at most `max_gen_len` tokens.
-        prompt_len: how many of them are the prompt.
+        prompt_len: number of prompt tokens.
         echo: whether the answer starts with the prompt.
         eos_ids: the ids that end a text.
         compat: `"meta"` keeps the reference's cut at an EOS inside an echoed prompt, `"fixed"` does not.

@@ -1,6 +1,6 @@
-"""A view of a model, on which transformers' loop runs: the same weights, with settings and an observer of its own.
+"""Make a view of a model for transformers' loop: the same weights, with its own settings and observer.
 
-What this module does not do: it changes nothing about the model that it is a view of.
+What this module does not do: it changes nothing in the model itself.
 """
 
 import copy
@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 
 class Observer(Protocol):
-    """Something that stands between the loop and the model's forward."""
+    """Called by the loop in place of the model's forward, which it gets as an argument."""
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the forward, and return an output for the loop."""
@@ -21,8 +21,8 @@ class Observer(Protocol):
 def loop_view(model: Any, observer: Observer | None = None) -> Any:
     """A shallow copy of a model for one run of transformers' loop.
 
-    Its fresh generation config keeps the checkpoint's settings out of the loop. Its forward, its hooks and its way of
-    preparing inputs are the model's own, so that the observer sees just what the loop gives to the model.
+    Its fresh generation config keeps the checkpoint's settings out of the loop. Its forward, hooks and
+    `prepare_inputs_for_generation` are the model's own, so the observer gets the model's actual inputs.
     """
     view = copy.copy(model)
     view.generation_config = GenerationConfig()
@@ -35,7 +35,7 @@ def loop_view(model: Any, observer: Observer | None = None) -> Any:
 
 @functools.cache
 def _observed(model_class: Any) -> Any:
-    """The class with calls that go through the view's observer."""
+    """Derive a class whose `__call__` goes through the view's observer."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         forward = functools.partial(model_class.__call__, self)

@@ -1,4 +1,4 @@
-"""Files that a command writes: over nothing but its own kind, and whole or not at all.
+"""Write a command's files: overwrite only files of the same kind, and write whole or not at all.
 
 What this module does not do: it knows no format.
 """
@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 def check_target(path: str, inputs: Sequence[str | int], what: str, is_ours: Callable[[Path], bool]) -> Path:
-    """Where a file may be written: a new one, or one of the same kind that it replaces.
+    """Check that a file may be written: it is new, or replaces one of the same kind. Return its path.
 
     Args:
-        path: as it was given.
-        inputs: paths and open descriptors of what must not be overwritten.
-        what: the file's kind, for the sentences.
+        path: as the caller gave it.
+        inputs: paths and open descriptors of files that must not be overwritten.
+        what: the file's kind, for error messages.
         is_ours: whether a regular file is of that kind.
 
     Raises:
@@ -46,7 +46,7 @@ def check_target(path: str, inputs: Sequence[str | int], what: str, is_ours: Cal
 
 
 def write_whole(target: Path, content: str) -> None:
-    """Write a file whole or not at all; what stood there is kept until then."""
+    """Write a file whole or not at all; an existing file is kept until the new one is complete."""
     number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
     try:
         with open(number, "w", encoding="utf-8", newline="") as file:
@@ -59,7 +59,7 @@ def write_whole(target: Path, content: str) -> None:
 
 
 def _is_same_file(target: Path, source: str | int) -> bool:
-    """Whether a path is a file that is open, or has another name."""
+    """Whether a path is the same file as another path or an open descriptor."""
     try:
         return os.path.samestat(target.stat(), os.stat(source))
     except OSError:
@@ -67,7 +67,7 @@ def _is_same_file(target: Path, source: str | int) -> bool:
 
 
 def _umask() -> int:
-    """The process' mask for new files, which can be read by setting it alone."""
+    """Return the process's mask for new files, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness: headers and contexts are read once, and sampled evaluations repeat exactly.
+"""A model for lm-evaluation-harness: shared headers and contexts are prefilled once; sampled runs repeat exactly.
 
 The rules for spaces, empty contexts, truncation and token counts are the harness' own
 (EleutherAI/lm-evaluation-harness, ``lm_eval/api/model.py``, ``lm_eval/models/huggingface.py``). What this module does
@@ -78,23 +78,23 @@ class LlamaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """Return the id that ends a text."""
         return int(self.llama.tokenizer.eos_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that an empty context stands for: BOS, or EOS where there is none."""
+        """Return the id that replaces an empty context: BOS, or EOS if there is no BOS."""
         bos = int(self.llama.tokenizer.bos_id)
         return bos if bos >= 0 else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, for the harness' caches."""
+        """Return the tokenizer's name, for the harness' caches."""
         name = getattr(self.tokenizer, "name_or_path", type(self.llama.tokenizer).__name__)
         return str(name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, never with two BOS; the call, `add_bos_token` or the tokenizer decides about one."""
+        """Encode a text, never with two BOS; the call, `add_bos_token` or the tokenizer decides whether to add one."""
         if self.tokenizer is None:
             wanted = first_not_none(add_special_tokens, self.add_bos_token, True)
             ids: list[int] = self.llama.tokenizer.encode(string, bos=wanted, eos=False)
@@ -107,7 +107,7 @@ class LlamaLM(TemplateLM):
         return [int(token) for token in self.tokenizer.encode(string, **options)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in the tokenizer's own chat format, as text."""
+        """Render a conversation in the tokenizer's own chat format, as text."""
         if self.tokenizer is None:
             raise ValueError(
                 "a chat template comes with a transformers tokenizer, and this is a SentencePiece file: give the "
@@ -124,12 +124,12 @@ class LlamaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (texts, context, continuation) the continuation's logprob, and whether it is the greedy one."""
+        """Score each (texts, context, continuation): the continuation's logprob, and whether it is the greedy one."""
         wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)  # context -> requests
         for place, (_, context, continuation) in enumerate(requests):
             if not continuation:
                 raise ValueError(f"a continuation must hold at least one token, but that of request {place} is empty")
-            # The harness' own truncation: the last `max_length` tokens are read, the one after them is scored.
+            # The harness' own truncation: the last `max_length` inputs are kept, and the token after them is scored.
             kept = [*context, *continuation][-(self.max_length + 1) :]
             wanted[tuple(kept[: -len(continuation)])].append(place)
         contexts = list(wanted)
@@ -147,7 +147,7 @@ class LlamaLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The logprob of each whole text, in windows that share one token of context, as the harness cuts them."""
+        """Score each whole text, in windows that share one token of context, as the harness cuts them."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         counts = []
         for (text,) in [request.args for request in requests]:
@@ -167,7 +167,7 @@ class LlamaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The completion of each context, up to the first of its stop strings."""
+        """Generate the completion of each context, up to the first of its stop strings."""
         seeds = self._seeds([request.args for request in requests])
         groups: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -188,7 +188,7 @@ class LlamaLM(TemplateLM):
         return answers
 
     def _seeds(self, documents: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
-        """A seed for each document, from the run's, its text, and how many equal ones stand before it."""
+        """Derive a seed for each document from the run's seed, its text, and the number of equal ones before it."""
         earlier: Counter[str] = Counter()
         seeds = []
         for context, settings in documents:
@@ -201,13 +201,13 @@ class LlamaLM(TemplateLM):
         return seeds
 
     def _batches(self, texts: Sequence[str], places: Sequence[int]) -> Iterator[list[int]]:
-        """The places in batches, longest texts first, so that a batch that does not fit shows at once."""
+        """Yield batches of places, longest texts first, so that a batch that does not fit fails at the start."""
         order = sorted(range(len(places)), key=lambda i: (-len(texts[i]), i))
         for start in range(0, len(order), self.batch_size):
             yield [places[i] for i in order[start : start + self.batch_size]]
 
     def _complete(self, contexts: Sequence[str], settings: dict[str, Any], seeds: list[int]) -> list[str]:
-        """One call of `generate`, with settings that all contexts share."""
+        """Call `generate` once, with settings that all contexts share."""
         asked = dict(normalize_gen_kwargs(settings, _MAX_GEN_TOKS))
         eos = (self.tokenizer or self.llama.tokenizer).decode([self.eot_token_id])
         until = handle_stop_sequences(asked.get("until"), eos=eos or None)
@@ -237,14 +237,14 @@ class LlamaLM(TemplateLM):
 
 
 def _batch_size(asked: int | str | None, most: int | None) -> int:
-    """The batch size that the harness asks for."""
+    """Read the batch size that the harness asks for."""
     if asked not in ("auto", None):
         return check_int("batch_size", int(asked), least=1)
     return _BATCH_SIZE if most is None else min(_BATCH_SIZE, check_int("max_batch_size", int(most), least=1))
 
 
 def _llama(pretrained: Any, tokenizer: Any, dtype: Any, device: str | None) -> Llama:
-    """What `pretrained` stands for, behind one interface."""
+    """Load `pretrained`, in any form, as a `Llama`."""
     if isinstance(pretrained, Llama):
         return pretrained
     if isinstance(pretrained, str | Path):

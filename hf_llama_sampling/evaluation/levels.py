@@ -7,7 +7,7 @@ NAMES = ("50% and more", "20% to 50%", "5% to 20%", "1% to 5%", "0.1% to 1%", "b
 
 
 def level_of(logprob: float) -> int:
-    """The level of a logprob.
+    """Return the level of a logprob.
 
     >>> level_of(math.log(0.6)), level_of(math.log(0.02)), level_of(-20)
     (0, 3, 5)
@@ -17,7 +17,7 @@ def level_of(logprob: float) -> int:
 
 
 def as_percent(logprob: float) -> str:
-    """The probability to three digits.
+    """Format the probability to three digits.
 
     >>> as_percent(math.log(0.5)), as_percent(math.log(0.000123)), as_percent(-40)
     ('50.0%', '0.0123%', '4.25e-16%')

@@ -1,7 +1,7 @@
-"""Scored texts as one HTML page that needs nothing else: a heat map of the text, with what else was probable.
+"""Render scored texts as one self-contained HTML page: a heat map of the text, with the best tokens at each position.
 
-Every text is escaped, and the page's policy lets no script or style run but the two in this folder, and nothing be
-fetched. What this module does not do: it computes no number, and writes no file (see `files`).
+Every text is escaped, and the page's policy allows only the script and the style in this folder, and no requests. What
+this module does not do: it computes no number, and writes no file (see `files`).
 """
 
 import base64
@@ -36,11 +36,11 @@ def is_page(file: Path) -> bool:
 
 
 def page(texts: Sequence[ScoredText], model: str) -> str:
-    """The whole page.
+    """Render the whole page.
 
     Args:
         texts: at least one.
-        model: its name, to be shown.
+        model: the model's name, to show.
     """
     style, script = (_read(name) for name in ("page.css", "page.js"))
     policy = (
@@ -75,7 +75,7 @@ _DETAILS = (
 
 
 def _summary(texts: Sequence[ScoredText]) -> str:
-    """The figures of all texts, the levels with their shares, and a table of the texts where there are several."""
+    """Render the figures of all texts, the levels with their shares, and a table of the texts if there are several."""
     figures = total(texts)
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(figures))
     table = ""
@@ -91,7 +91,7 @@ def _summary(texts: Sequence[ScoredText]) -> str:
 
 
 def _figures(figures: Perplexity) -> list[tuple[str, str]]:
-    """Names and values of the summary."""
+    """List names and values of the summary."""
     tokens = f"{figures.tokens:,}"
     if figures.scored != figures.tokens:
         tokens += f' <span class="quiet">({figures.scored:,} scored)</span>'
@@ -116,7 +116,7 @@ def _row(text: ScoredText, number: int) -> str:
 
 
 def _legend(texts: Sequence[ScoredText]) -> str:
-    """The colours, and which share of the tokens has each."""
+    """Render the colours, each with its share of the tokens."""
     known = [level_of(value) for text in texts for value in text.logprobs if value is not None]
     shares = [known.count(level) / len(known) for level in range(len(NAMES))]
     bars, at = "", 0.0
@@ -134,7 +134,7 @@ def _legend(texts: Sequence[ScoredText]) -> str:
 
 
 def _section(text: ScoredText, number: int, *, alone: bool) -> str:
-    """One text: its most surprising pieces, its curve, and the heat map with its data."""
+    """Render one text: its most surprising pieces, its curve, and the heat map with its data."""
     heading = "Text" if alone else _safe(_name(text.name))
     decoded = "".join(piece.text for piece in text.pieces)
     note = "" if decoded == text.text else '<p class="quiet">Shown as the tokenizer decodes it: not as in the file.</p>'
@@ -152,7 +152,7 @@ def _section(text: ScoredText, number: int, *, alone: bool) -> str:
 
 
 def _cells(text: ScoredText) -> Iterator[str]:
-    """The pieces of a text, coloured; the first one is where Tab goes."""
+    """Render the pieces of a text, coloured; the Tab key goes to the first one."""
     for number, piece in enumerate(text.pieces):
         logprob = text.piece_logprob(piece)
         colour = "u" if logprob is None else f"s{level_of(logprob)}"
@@ -162,7 +162,7 @@ def _cells(text: ScoredText) -> Iterator[str]:
 
 
 def _surprising(text: ScoredText, number: int) -> str:
-    """The pieces with the lowest probabilities: a table whose buttons lead to them."""
+    """Render the pieces with the lowest probabilities: a table with buttons that jump to them."""
     places = {piece.first: place for place, piece in enumerate(text.pieces)}
     decoded = "".join(piece.text for piece in text.pieces)
     rows = ""
@@ -185,7 +185,7 @@ def _surprising(text: ScoredText, number: int) -> str:
 
 
 def _best(text: ScoredText, piece: Piece) -> str:
-    """The most probable token in a piece's place."""
+    """Render the most probable token at a piece's position."""
     best = text.top_logprobs[piece.first]
     if not best:
         return ""
@@ -195,7 +195,7 @@ def _best(text: ScoredText, piece: Piece) -> str:
 
 
 def _curve(text: ScoredText) -> str:
-    """Mean surprise along the text, in bits per token."""
+    """Plot the mean surprise along the text, in bits per token."""
     known = [-value / math.log(2) for value in text.logprobs if value is not None]
     if len(known) < 32:
         return ""
@@ -216,9 +216,9 @@ def _curve(text: ScoredText) -> str:
 
 
 def _data(text: ScoredText) -> str:
-    """What the page's script shows of each token, as JSON that cannot end its element."""
+    """Encode the data of each token for the page's script, as JSON that cannot close its element."""
     names: dict[int, str] = {}
-    for place in reversed(range(len(text.ids))):  # the first token's names lack the blank before them
+    for place in reversed(range(len(text.ids))):  # last to first: the first token's names lack the leading space
         for token in (text.ids[place], *(other for other, _ in text.top_logprobs[place])):
             if token not in names:
                 names[token] = _plain(text.token_text(place, token))
@@ -235,12 +235,12 @@ def _data(text: ScoredText) -> str:
 
 
 def _shown(text: str) -> str:
-    """A piece of the text as HTML: its lines end with a mark, and what cannot be seen is spelled out."""
+    """Render a piece as HTML, with a mark at line ends and invisible characters spelled out."""
     return _spelled(text).replace("\n", '<span class="n" aria-hidden="true"></span>\n')
 
 
 def _spelled(text: str) -> str:
-    """A text as HTML, with characters that cannot be seen, or that turn the text after them, spelled out and framed."""
+    """Render a text as HTML, with invisible and text-direction characters spelled out and framed."""
     return "".join(
         f'<i class="c">{escape(_escaped(character))}</i>' if _is_hidden(character) else escape(character)
         for character in text
@@ -248,7 +248,7 @@ def _spelled(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The same as plain text."""
+    """Render a text with these characters spelled out, as plain text."""
     return "".join(_escaped(character) if _is_hidden(character) else character for character in text)
 
 
@@ -265,12 +265,12 @@ def _safe(text: str) -> str:
 
 
 def _name(name: str) -> str:
-    """A file's name as text; its bytes may be of no encoding."""
+    """Convert a file's name to text; its bytes may not be valid in any encoding."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _number(value: float) -> str:
-    """Four digits; large numbers with a power of ten."""
+    """Format a number with four digits, a large one with a power of ten."""
     if value == math.inf:
         return "over 10<sup>308</sup>"
     return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
@@ -281,5 +281,5 @@ def _read(name: str) -> str:
 
 
 def _hash(content: str) -> str:
-    """A script or style as the policy names it."""
+    """Compute the hash by which the policy names a script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,6 +1,6 @@
-"""Scored texts: a logprob for each token of each text, and the perplexities that follow.
+"""Score texts: a logprob for each token of each text, and the perplexities computed from them.
 
-The definitions per word and byte, and what the first token is conditioned on, are lm-evaluation-harness' own
+The definitions per word and byte, and the context of the first token, are lm-evaluation-harness' own
 (EleutherAI/lm-evaluation-harness, ``lm_eval/api/task.py``, ``lm_eval/api/metrics.py``). What this module does not do:
 it prints nothing (see `terminal` and `page`).
 """
@@ -21,13 +21,13 @@ Bos = int | bool | None
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Counts of a text, or of several, and the perplexities that they give.
+    """Counts of a text, or of several, and their perplexities.
 
     Args:
-        tokens: without the BOS put before the text.
-        scored: the tokens that the logprob is of; one less than `tokens` where nothing stands before the first one.
-        words: runs of characters between white space, as the harness counts them.
-        bytes: of the text in UTF-8.
+        tokens: number of tokens, without a BOS put before the text.
+        scored: number of tokens with a logprob; one less than `tokens` if the first one has no context.
+        words: number of runs of characters between white space, as the harness counts them.
+        bytes: length of the text in UTF-8.
         logprob: the sum over the scored tokens, natural logarithm.
 
     >>> figures = Perplexity(tokens=4, scored=4, words=2, bytes=8, logprob=-4 * math.log(2))
@@ -62,7 +62,7 @@ class Perplexity:
         return -self.logprob / self.bytes / math.log(2)
 
     def record(self) -> dict[str, Any]:
-        """The figures by name; null for what a float cannot hold."""
+        """Return the figures by name; None for those too large for a float."""
         figures = {
             "perplexity": self.per_token,
             "word_perplexity": self.per_word,
@@ -79,7 +79,7 @@ class Perplexity:
         }
 
     def _per(self, count: int) -> float:
-        """Infinite where a float cannot hold it: a long text without white space is one word."""
+        """Compute a perplexity per `count`; infinity if too large for a float (a long text may be one word)."""
         try:
             return math.exp(-self.logprob / count)
         except OverflowError:
@@ -94,8 +94,8 @@ class ScoredText:
         name: of its file.
         text: as it was read.
         ids: its tokens, without the BOS put before it.
-        logprobs: None where nothing stands before the token.
-        top_logprobs: the best ids with their logprobs, best first; empty where nothing stands before.
+        logprobs: None for a token without context.
+        top_logprobs: the best ids with their logprobs, best first; empty for a token without context.
         before: the id put before the text, so that its first token is scored too; None for none.
         window: size and stride of the window that slid over the text; None for a text that fits.
         llama: the model and tokenizer that scored it.
@@ -109,34 +109,34 @@ class ScoredText:
     before: int | None
     window: tuple[int, int] | None
     llama: Llama
-    _texts: dict[int, str] = field(default_factory=dict, repr=False)  # of tokens behind another
+    _texts: dict[int, str] = field(default_factory=dict, repr=False)  # of tokens after another token
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """The text as its tokens spell it."""
+        """Split the text into the pieces that its tokens spell."""
         return pieces_of(self.ids, self.llama.text_of)
 
     @cached_property
     def perplexity(self) -> Perplexity:
-        """The text's counts and perplexities."""
+        """Compute the text's counts and perplexities."""
         scored = [value for value in self.logprobs if value is not None]
         words, size = len(re.split(r"\s+", self.text)), len(self.text.encode())
         return Perplexity(len(self.ids), len(scored), words, size, math.fsum(scored))
 
     @property
     def first_token(self) -> str:
-        """How the first token counts."""
+        """Describe how the first token is scored."""
         if self.before is None:
             return "not scored, since nothing stands before it"
         return f"scored after {token_pieces([self.before], self.llama.tokenizer)[0]}"
 
     def piece_logprob(self, piece: Piece) -> float | None:
-        """The logprob of a piece: of all its tokens together."""
+        """Sum the logprobs of a piece's tokens; None if none is scored."""
         found = [value for value in self.logprobs[piece.first : piece.last] if value is not None]
         return math.fsum(found) if found else None
 
     def token_text(self, place: int, token: int) -> str:
-        """What a token in this place adds to the text; its name in the vocabulary where that is no whole character."""
+        """Return the text that a token adds at this position; its vocabulary name if that is not a whole character."""
         if place > 0 and token in self._texts:
             return self._texts[token]
         known = token < self.llama.tokenizer.n_words  # a model may have more ids than its tokenizer
@@ -147,12 +147,12 @@ class ScoredText:
         return text
 
     def most_surprising(self, count: int) -> list[Piece]:
-        """The pieces with the lowest logprobs, lowest first."""
+        """List the pieces with the lowest logprobs, lowest first."""
         scored = [piece for piece in self.pieces if self.piece_logprob(piece) is not None]
         return sorted(scored, key=lambda piece: (self.piece_logprob(piece), piece.first))[:count]
 
     def record(self) -> dict[str, Any]:
-        """The text's scores as `score --json` prints them; `offsets` are (first, behind the last) in characters."""
+        """Return the text's scores as `score --json` prints them; `offsets` are (start, end) in characters."""
         spans = [(piece.start, piece.start + len(piece.text)) for piece in self.pieces for _ in range(*piece[2:])]
         return {
             "file": self.name,
@@ -169,7 +169,7 @@ class ScoredText:
 
 
 def total(texts: Sequence[ScoredText]) -> Perplexity:
-    """The figures of several texts: sums, so that each token, word and byte counts once."""
+    """Sum the figures of several texts, so that each token, word and byte counts once."""
     each = [text.perplexity for text in texts]
     return Perplexity(
         sum(one.tokens for one in each),
@@ -181,7 +181,7 @@ def total(texts: Sequence[ScoredText]) -> Perplexity:
 
 
 def first_context(llama: Llama, bos: Bos) -> int | None:
-    """The id that stands before each text, so that its first token is scored too; None for none.
+    """Choose the id to put before each text, so that its first token is scored too; None for no id.
 
     Args:
         bos: an id; `True` for the tokenizer's BOS; `False` for nothing; None for the harness' convention, the
@@ -209,15 +209,15 @@ def score_texts(
     max_seq_len: int | None = None,
     stride: int | None = None,
 ) -> list[ScoredText]:
-    """Score texts, each by itself.
+    """Score each text independently.
 
     Args:
         llama: the model and its tokenizer.
         texts: (name, text) each.
-        bos: what stands before each text, see `first_context`.
-        top_logprobs: how many best tokens to keep at each position.
+        bos: the id to put before each text, see `first_context`.
+        top_logprobs: number of best tokens to keep at each position.
         max_seq_len: most tokens of a window; the model's context if not given.
-        stride: how far the window moves over a text that is longer; half the window if not given.
+        stride: step of the window over a longer text; half the window if not given.
 
     Raises:
         ValueError: a text of which no token can be scored, or a value out of range; the text is named.
@@ -248,5 +248,5 @@ def score_texts(
 
 
 def _without_blank(logprobs: list[float], unscored: bool) -> list[float | None]:
-    """The logprobs with None, and not 0.0, where nothing stands before the first token."""
+    """Replace the first token's 0.0 by None if it was not scored."""
     return [None, *logprobs[1:]] if unscored else list(logprobs)

@@ -1,4 +1,4 @@
-"""A text as the pieces that its tokens spell: they add up to the text, and none is half a character.
+"""Split a text into the pieces that its tokens spell: they add up to the text, and none is half a character.
 
 What this module does not do: it decodes nothing itself; it is given a function that does.
 """
@@ -6,10 +6,10 @@ What this module does not do: it decodes nothing itself; it is given a function 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-_INCOMPLETE = "\ufffd"  # stands for bytes that do not make a character yet
-_LONGEST = 32  # tokens of a piece; a character of 18 bytes, as family emoji are made of, is below
+_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
+_LONGEST = 32  # most tokens of a piece; a family emoji has 18 bytes
 
-# The characters that stand for bytes in byte-level vocabularies: openai/gpt-2, src/encoder.py, `bytes_to_unicode`.
+# The characters that encode bytes in byte-level vocabularies: openai/gpt-2, src/encoder.py, `bytes_to_unicode`.
 _SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _SHOWN}
 _BYTES |= {chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(0x100)) - set(_SHOWN)))}
@@ -18,7 +18,7 @@ TextOf = Callable[[Sequence[int]], str]
 
 
 class Piece(NamedTuple):
-    """Characters of a text, and the tokens that spell them: one, or several where each alone is no whole character."""
+    """Characters of a text, and the tokens that spell them: one, or several that only together make characters."""
 
     text: str
     start: int  # characters before it
@@ -27,9 +27,9 @@ class Piece(NamedTuple):
 
 
 def pieces_of(ids: Sequence[int], text_of: TextOf) -> list[Piece]:
-    r"""The pieces of a text; their texts joined are `text_of(ids)`, and their tokens joined are `ids`.
+    r"""Split a text into pieces: their texts joined are `text_of(ids)`, and their tokens joined are `ids`.
 
-    A token is decoded after the piece before it, since decoders drop the blank that a text begins with.
+    Each token is decoded after the previous piece, since decoders drop a text's leading space.
 
     >>> pieces_of([367, 542], llama.text_of)
     [Piece(text='The', start=0, first=0, last=1), Piece(text=' king', start=3, first=1, last=2)]
@@ -45,20 +45,20 @@ def pieces_of(ids: Sequence[int], text_of: TextOf) -> list[Piece]:
             pieces.append(Piece(text, start, first, last))
             start, before, first = start + len(text), first, last
             known = text_of(ids[before:last])
-    if "".join(piece.text for piece in pieces) != whole:  # a decoder that rewrites what stands before
+    if "".join(piece.text for piece in pieces) != whole:  # the decoder rewrites earlier text
         return [Piece(whole, 0, 0, len(ids))]
     return pieces
 
 
 def text_after(before: Sequence[int], token: int, text_of: TextOf, name: str) -> str:
-    """What a token would add to a text; where that is nothing, its `name` in the vocabulary, or its bytes."""
+    """Return the text that a token would add; if that is no whole character, its `name` or bytes in the vocabulary."""
     context = list(before[-1:])
     text = text_of([*context, token])[len(text_of(context)) :]
     return _spell_bytes(name) if text == "" or _INCOMPLETE in text else text
 
 
 def _spell_bytes(name: str) -> str:
-    """A name of a byte-level vocabulary with its bytes as SentencePiece spells them; any other name as it is.
+    """Spell the bytes of a byte-level vocabulary's name as SentencePiece does; return any other name unchanged.
 
     >>> _spell_bytes("\u0120\u00e4\u00bd"), _spell_bytes("<0xE4>"), _spell_bytes("</s>")
     (' <0xE4><0xBD>', '<0xE4>', '</s>')

@@ -1,4 +1,4 @@
-"""Runs of lm-evaluation-harness with `LlamaLM`, as text.
+"""Run lm-evaluation-harness with `LlamaLM`, and return its results as text.
 
 What this module does not do: it knows no task and no metric.
 """
@@ -20,7 +20,7 @@ def evaluate(
     seeds: int = 1,
     **options: Any,
 ) -> tuple[str, str]:
-    """Run tasks; returns the harness' own table of metrics, and its results as JSON.
+    """Run tasks; return the harness' own table of metrics, and its results as JSON.
 
     Args:
         llama: the model and its tokenizer.

@@ -1,4 +1,4 @@
-"""Scored texts and completions on a terminal, coloured by probability; plain text in a pipe.
+"""Print scored texts and completions on a terminal, coloured by probability; as plain text in a pipe.
 
 Colours need rich, of the extra ``report``; without it a terminal gets plain text and one sentence that says so. What
 this module does not do: it computes no number.
@@ -14,7 +14,7 @@ from ..console import on_terminal, say, visible, write
 from .levels import LEAST, NAMES, as_percent, level_of
 from .perplexity import Perplexity, ScoredText, total
 
-# From cool to hot, readable on light and dark terminals; those with few colours take the nearest that they have.
+# From cool to hot, readable on light and dark terminals; a terminal with few colours shows its nearest.
 _STYLES = (
     "",
     "black on #9fc5e8",
@@ -24,7 +24,7 @@ _STYLES = (
     "bold #ffffff on #b3261e",
 )
 _LISTED = 5  # most surprising pieces
-_GAP = 2  # most characters that a token which is no whole character can account for
+_GAP = 2  # most characters of the text per token that is not a whole character
 
 Coloured = Iterable[tuple[str, float | None]]  # a piece of text, and its logprob if it has one
 
@@ -45,7 +45,7 @@ def write_coloured(pieces: Coloured) -> None:
 
 
 def write_legend() -> None:
-    """Print which colour means which probability; nothing where there are no colours."""
+    """Print the probability of each colour; nothing without colours."""
     if _console() is not None:
         write("probability ", end="")
         write_coloured((f" {name} ", math.log(max(least, 1e-9))) for name, least in zip(NAMES, LEAST, strict=True))
@@ -81,7 +81,7 @@ def write_figures(figures: Perplexity) -> None:
 
 
 def write_surprising(text: ScoredText) -> None:
-    """Print the pieces with the lowest probabilities, and what was most probable in their place."""
+    """Print the pieces with the lowest probabilities, and the most probable token at each one's position."""
     write("most surprising")
     for piece in text.most_surprising(_LISTED):
         logprob = text.piece_logprob(piece)
@@ -94,15 +94,15 @@ def write_surprising(text: ScoredText) -> None:
 
 
 def coloured_answer(text: str, tokens: Sequence[str], logprobs: Sequence[float]) -> Iterator[tuple[str, float | None]]:
-    """A completion as pieces with their logprobs, for tokens that were decoded one by one.
+    """Split a completion into pieces with logprobs, for tokens that were decoded one by one.
 
-    Tokens stand in the text one after another. Blanks that a token lost when it was decoded alone count to it; the
-    characters of tokens that are parts of characters have no logprob.
+    Find the tokens in the text, one after another. Spaces that a token lost when decoded alone belong to it; characters
+    that several tokens spell together get no logprob.
 
     >>> list(coloured_answer("a king", ["a", "king"], [-1.0, -2.0]))
     [('a', -1.0), (' king', -2.0), ('', None)]
     """
-    at = unseen = 0  # characters handed out, tokens since that do not stand in the text
+    at = unseen = 0  # characters yielded, tokens since then that were not found in the text
     for token, logprob in zip(tokens, logprobs, strict=True):
         begin = text.find(token, at) if token else at
         gap = text[at:begin]
@@ -118,7 +118,7 @@ def coloured_answer(text: str, tokens: Sequence[str], logprobs: Sequence[float])
 
 
 def _console() -> Any:
-    """rich's console on standard output, or None in a pipe and without rich."""
+    """Make rich's console on standard output; None in a pipe or without rich."""
     if not on_terminal(sys.stdout):
         return None
     try:
@@ -131,5 +131,5 @@ def _console() -> Any:
 
 @functools.cache
 def _say_what_is_missing() -> None:
-    """Once in a process."""
+    """Say once per process that rich is missing."""
     say("colours need rich: pip install 'hf-llama-sampling[report]'")

@@ -1,8 +1,8 @@
-"""Meta's LLAMA2 folders (``params.json``, ``consolidated.*.pth``) become a transformers model, in one process.
+"""Load Meta's LLAMA2 folders (``params.json``, ``consolidated.*.pth``) as a transformers model, in one process.
 
-The shards are mapped into memory, not read, and one weight at a time is merged out of them: at no moment do two copies
-of the model exist. accelerate places the weights. What this module does not do: it reads no tokenizer, no transformers
-folder and no GGUF file, and runs no code in a checkpoint.
+The shards are mapped into memory, not read, and merged one weight at a time, so memory never holds two copies of the
+model. accelerate places the weights. What this module does not do: it reads no tokenizer, no transformers folder and no
+GGUF file, and runs no code in a checkpoint.
 """
 
 import math
@@ -110,19 +110,19 @@ def _config(params: dict[str, Any], weights: dict[str, Weight], *, max_seq_len: 
 def _merged(
     shards: dict[str, Shard], weights: dict[str, Weight], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge one weight after the other, taking each out of the shards; yields transformers' name and the weight."""
+    """Merge the weights one by one, and free their shards' parts; yield transformers' name and the weight."""
     total = sum(math.prod(weight.shape) for weight in weights.values()) * dtype.itemsize
     disable = None if total >= _PROGRESS_FROM else True  # None: a bar on terminals only
     with logging.tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=disable) as bar:
         for key, weight in weights.items():
-            # Bind no name to a weight, here or in `_fill`: it would live on beside the next one.
+            # Bind no name to a weight, here or in `_fill`: it would stay in memory beside the next one.
             yield weight.name, _merge([shard.pop(key) for shard in shards.values()], weight, dtype)
             bar.update(math.prod(weight.shape) * dtype.itemsize)
 
 
 @torch.no_grad()
 def _merge(parts: Sequence[torch.Tensor], weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """One whole weight; each part is cast, put into transformers' row order and copied to its place in one go."""
+    """Merge the parts of a weight: cast each, reorder its rows as transformers has them, and copy it, in one step."""
     merged = torch.empty(weight.shape, dtype=dtype)
     places = [merged] if weight.split is None else merged.chunk(len(parts), dim=weight.split)
     for place, part in zip(places, parts, strict=False):  # of a replicated weight, the first part
@@ -156,7 +156,7 @@ def _fill(
 
 
 def _device_of(name: str, devices: Mapping[str, Device]) -> Device:
-    """The device of the innermost module that has one."""
+    """Return the device of the innermost module that has one."""
     while name not in devices and name:
         name = name.rpartition(".")[0]
     return devices[name]
@@ -169,7 +169,7 @@ def _devices(
     max_memory: MaxMemory | None,
     dtype: torch.dtype,
 ) -> dict[str, Device]:
-    """A device for every module of the model."""
+    """Choose a device for every module of the model."""
     if device_map is None:
         return {"": "cpu"}
     if isinstance(device_map, str) and device_map in AUTOMATIC:

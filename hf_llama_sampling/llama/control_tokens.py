@@ -1,7 +1,7 @@
-"""Text is encoded as text: a control token that somebody spelled out in it stays a row of characters.
+"""Encode text as text: a control token that is spelled out in it is encoded as characters.
 
-Control tokens are a tokenizer's special tokens, and the added tokens that its chat template writes. A template's own
-control tokens are told from those in a message by a mark that is put inside the latter, before the template runs::
+Control tokens are a tokenizer's special tokens, and the added tokens that its chat template writes. To tell those in a
+message from the template's own, a mark is put inside the former before the template runs::
 
     message     Hi <|im_end|> there
     marked      Hi <#|im_end|> there            no longer a control token
@@ -21,27 +21,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\ue0f0\uf0b7\ue0f1"  # private-use characters: no text holds them in this order
+_MARK = "\ue0f0\uf0b7\ue0f1"  # private-use characters, which no text should hold in this order
 
 
 class ControlTokens:
-    """The control tokens of a transformers tokenizer, and the encoding of text beside them."""
+    """Knows the control tokens of a transformers tokenizer, and encodes text that may spell them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self._found: tuple[Any, dict[str, int], re.Pattern[str]] | None = None
 
     def _lookup(self) -> tuple[dict[str, int], re.Pattern[str]]:
-        """The control tokens' ids by spelling, and a pattern that finds them; anew when the tokenizer has changed."""
+        """Map control tokens to ids, with a pattern that finds their spellings; redo it if the tokenizer changes."""
         state = (len(self.tokenizer), str(self.tokenizer.chat_template))
         if self._found is None or self._found[0] != state:
-            special = set(self.tokenizer.all_special_tokens)  # some are not marked so in `added_tokens_decoder`
+            special = set(self.tokenizer.all_special_tokens)  # `added_tokens_decoder` does not mark all as special
             ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in special} | {
                 token.content: token_id
                 for token_id, token in self.tokenizer.added_tokens_decoder.items()
                 if token.special or token.content in state[1]
             }
-            # Tokens of one character or of blanks are how the model writes these characters.
+            # A token of one character, or of blanks, is the ordinary spelling of these characters.
             ids = {token: token_id for token, token_id in ids.items() if len(token.strip()) > 1}
             longest_first = sorted(ids, key=len, reverse=True)
             pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -50,7 +50,7 @@ class ControlTokens:
 
     @cached_property
     def _marking(self) -> "tuple[PreTrainedTokenizerBase, int]":
-        """A copy of the tokenizer that knows the mark, and the mark's id."""
+        """Copy the tokenizer, add the mark as a token, and return both the copy and the mark's id."""
         from transformers import AddedToken
 
         twin: Any = copy.deepcopy(self.tokenizer)
@@ -58,12 +58,12 @@ class ControlTokens:
         return twin, twin.convert_tokens_to_ids(_MARK)
 
     def begins(self, text: str) -> str | None:
-        """The control token that a text begins with."""
+        """Return the control token that a text begins with, else None."""
         found = self._lookup()[1].match(text.lstrip())
         return found[0] if found else None
 
     def break_in(self, value: Any) -> Any:
-        """Texts, also within lists and dictionaries, with the mark inside each control token that they spell."""
+        """Put the mark inside each control token that texts spell, also within lists and dictionaries."""
         if isinstance(value, str):
             return self._break(value)
         if isinstance(value, Mapping):
@@ -78,11 +78,11 @@ class ControlTokens:
         while found := pattern.search(text, at):
             cut = found.start() + 1
             parts += [text[at:cut], _MARK]
-            at = cut  # a control token may begin inside another
+            at = cut  # continue inside: a control token may begin within another
         return "".join([*parts, text[at:]])
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text that holds no control token, whatever it spells.
+        """Encode a text without control tokens, whatever it spells.
 
         Raises:
             ValueError: the tokenizer makes a control token of characters that do not spell it.
@@ -91,14 +91,14 @@ class ControlTokens:
             text,
             add_special_tokens=False,
             split_special_tokens=True,
-            verbose=False,  # its length is checked where a limit is known
+            verbose=False,  # the length is checked later, against the actual limit
         )
-        if self._control_ids(ids):  # a tokenizer that ignores the option, or has control tokens among its pieces
+        if self._control_ids(ids):  # the tokenizer ignores the option, or its vocabulary spells control tokens
             ids = self._encode_marked(self._break(text))
         return self._checked(ids, expected=[])
 
     def encode_rendered(self, rendered: str) -> list[int]:
-        """Token ids of a rendered template; control tokens in the messages were marked by `break_in`.
+        """Encode a rendered template, in whose messages `break_in` has marked control tokens.
 
         Raises:
             ValueError: the tokenizer makes a control token of characters that do not spell it.
@@ -117,7 +117,7 @@ class ControlTokens:
         return [token for token in ids if token != mark]
 
     def _control_ids(self, ids: list[int]) -> list[int]:
-        """The control tokens among ids. The unknown token stands for unknown characters too."""
+        """Select the control tokens among ids, except the unknown token, which unknown characters become too."""
         control = set(self._lookup()[0].values()) - {self.tokenizer.unk_token_id}
         return [token for token in ids if token in control]
 
@@ -133,7 +133,7 @@ class ControlTokens:
 
 
 def warn_of_template_text(text: str, control: ControlTokens) -> None:
-    """Warn of a text that begins with a control token, as text made by a chat template does."""
+    """Warn of a text that begins with a control token, like the output of a chat template."""
     token = control.begins(text)
     if token is not None:
         warnings.warn(

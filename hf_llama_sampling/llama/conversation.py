@@ -1,4 +1,4 @@
-"""A conversation that goes on: each message is asked with all that was said before it.
+"""A conversation: each message is answered with all earlier turns as context.
 
 What this module does not do: it reads and prints nothing; the command `chat` does.
 """
@@ -15,7 +15,7 @@ from .streaming import TextStreamer
 
 
 class Conversation:
-    """Messages and answers, kept from turn to turn, and the model's cache of them: a turn reads only what is new.
+    """Keeps messages and answers from turn to turn, and the model's cache of them: a turn prefills only new tokens.
 
     Args:
         llama: the model and its tokenizer.
@@ -56,7 +56,7 @@ class Conversation:
         self.prompt_cache.clear()
 
     def ask(self, said: str, write: Callable[[str], object]) -> None:
-        """Answer a message, handing the answer to `write` in pieces, and keep both.
+        """Answer a message, pass the answer to `write` in pieces, and keep both.
 
         Raises:
             ValueError: the conversation is too long, or its format refuses the message; neither is kept.

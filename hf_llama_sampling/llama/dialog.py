@@ -1,4 +1,4 @@
-"""LLAMA2's chat format: a dialog of messages becomes the token ids of one prompt.
+"""LLAMA2's chat format: encode a dialog of messages as the token ids of one prompt.
 
 The rules are those of the reference: facebookresearch/llama, llama/generation.py, ``chat_completion``. What this module
 does not do: it generates nothing, decodes nothing, and never changes the dialog.
@@ -16,7 +16,7 @@ Role = Literal["user", "system", "assistant"]
 
 
 class Message(TypedDict):
-    """One turn: who says it, and what."""
+    """One message: its role, and its text."""
 
     role: Role
     content: str
@@ -33,7 +33,7 @@ _ROLES = ("user", "system", "assistant")
 
 
 class Turn(NamedTuple):
-    """A user message, with its answer if it is finished, as it is encoded after a BOS."""
+    """The text of a user message, with its answer if it has one, to encode after a BOS."""
 
     text: str
     finished: bool  # ends with EOS
@@ -75,7 +75,7 @@ def dialog_tokens(dialog: Sequence[Message], tokenizer: "TokenizerLike", *, row:
 
 
 def dialog_turns(dialog: Sequence[Message]) -> list[Turn]:
-    """The turns of a dialog that `check_dialog` has passed.
+    """Split a dialog, which `check_dialog` has passed, into turns.
 
     >>> dialog_turns([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi "}])
     [Turn(text='[INST] <<SYS>>\\nBe brief.\\n<</SYS>>\\n\\nhi [/INST]', finished=False)]
@@ -88,7 +88,7 @@ def dialog_turns(dialog: Sequence[Message]) -> list[Turn]:
 
 
 def _fold_system(dialog: Sequence[Message]) -> list[str]:
-    """The contents in turn, a leading system message set in front of the first user message."""
+    """Return the messages' contents; prepend a leading system message to the first user message."""
     texts = [message["content"] for message in dialog]
     if dialog[0]["role"] != "system":
         return texts
@@ -97,7 +97,7 @@ def _fold_system(dialog: Sequence[Message]) -> list[str]:
 
 
 def check_dialog(dialog: Sequence[Message], *, row: int | None = None) -> None:
-    """Refuse a dialog that breaks a rule of the format; the error is an `AssertionError` too, as the reference's."""
+    """Refuse a dialog that breaks a rule of the format; the error is also an `AssertionError`, as in the reference."""
     name = "the dialog" if row is None else f"dialog {row}"
     check_messages(dialog, name)
     for i, message in enumerate(dialog):
@@ -106,7 +106,7 @@ def check_dialog(dialog: Sequence[Message], *, row: int | None = None) -> None:
 
 
 def check_messages(dialog: Sequence[Message], name: str = "the dialog") -> None:
-    """Refuse a dialog that is no list of messages, or has none."""
+    """Refuse a dialog that is not a list of messages, or is empty."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         _refuse(
             f"a dialog is a list of messages, and {name} is of type {type(dialog).__name__}: "

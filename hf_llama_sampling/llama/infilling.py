@@ -1,4 +1,4 @@
-"""Code Llama's infilling format: a prefix and a suffix become the token ids of one prompt, and ids the text between.
+"""Code Llama's infilling format: encode a prefix and a suffix as one prompt, and decode the ids of the text between.
 
 The rules are those of facebookresearch/codellama, ``llama/generation.py`` (``infilling_prompt_tokens``) and
 ``llama/tokenizer.py``. What this module does not do: it generates nothing, batches nothing and cuts nothing.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 _PIECES = {"prefix": "▁<PRE>", "suffix": "▁<SUF>", "middle": "▁<MID>", "end": "▁<EOT>"}
-_ANCHOR = "☺"  # a character put before a text that continues another, so that no space is added to its beginning
+_ANCHOR = "☺"  # put before a text that continues another, so that SentencePiece adds no space at its beginning
 
 
 class _Infilling(TypedDict):
@@ -24,7 +24,7 @@ class InfillingPrediction(_Infilling, total=False):
 
 
 class InfillingIds(NamedTuple):
-    """The ids that mark where a prefix, a suffix and the text between them begin, and where the latter ends."""
+    """The ids that mark where the prefix, the suffix and the text between them begin, and where that text ends."""
 
     prefix: int
     suffix: int
@@ -33,15 +33,15 @@ class InfillingIds(NamedTuple):
 
 
 def find_infilling_ids(tokenizer: Any) -> tuple[int | None, ...]:
-    """The ids of the prefix, suffix, middle and end pieces; None for those that the vocabulary lacks."""
+    """Look up the ids of the prefix, suffix, middle and end pieces; None for those that the vocabulary lacks."""
     return tuple(_piece_to_id(tokenizer, piece) for piece in _PIECES.values())
 
 
 def infilling_ids(tokenizer: Any) -> InfillingIds:
-    """The marks of a tokenizer of Code Llama's.
+    """Look up the marks of a Code Llama tokenizer.
 
     Raises:
-        ValueError: the tokenizer has none of them.
+        ValueError: the tokenizer lacks one of them.
     """
     ids = {name: _piece_to_id(tokenizer, piece) for name, piece in _PIECES.items()}
     for name, piece in _PIECES.items():
@@ -54,7 +54,7 @@ def infilling_ids(tokenizer: Any) -> InfillingIds:
 
 
 def infilling_tokens(prefix: str, suffix: str, tokenizer: Any, *, suffix_first: bool = False) -> list[int]:
-    """The prompt that asks for the text between `prefix` and `suffix`.
+    """Build the prompt that asks for the text between `prefix` and `suffix`.
 
     With BOS ``.``, the marks ``P`` (prefix), ``S`` (suffix), ``M`` (middle), the texts ``p`` and ``s``::
 
@@ -76,7 +76,7 @@ def infilling_tokens(prefix: str, suffix: str, tokenizer: Any, *, suffix_first: 
 
 
 def continuing_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text that continues another: without a space before it."""
+    """Encode a text that continues another: without a space before it."""
     anchor = tokenizer.encode(_ANCHOR, bos=False, eos=False)
     ids: list[int] = tokenizer.encode(_ANCHOR + text, bos=False, eos=False)
     if ids[: len(anchor)] != anchor:
@@ -88,14 +88,14 @@ def continuing_tokens(text: str, tokenizer: Any) -> list[int]:
 
 
 def continuing_text(ids: Sequence[int], tokenizer: Any) -> str:
-    """The text of ids that continue another text: the inverse of `continuing_tokens`, spaces at its start kept."""
+    """Decode ids that continue another text, and keep leading spaces: the inverse of `continuing_tokens`."""
     anchor = tokenizer.encode(_ANCHOR, bos=False, eos=False)
     text: str = tokenizer.decode([*anchor, *ids])
     return text.partition(_ANCHOR)[2]
 
 
 def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each id's piece as the vocabulary spells it (``▁he``), as Code Llama's package returns them."""
+    """Return each id's piece as the vocabulary spells it (``▁he``), as Code Llama's package does."""
     if hasattr(tokenizer, "sp_model"):
         return [str(tokenizer.sp_model.id_to_piece(int(token))) for token in ids]
     if hasattr(tokenizer, "tokenizer"):
@@ -104,7 +104,7 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def _piece_to_id(tokenizer: Any, piece: str) -> int | None:
-    """The id of a piece, or None where the vocabulary has no such piece."""
+    """Look up the id of a piece; None if the vocabulary has no such piece."""
     if hasattr(tokenizer, "sp_model"):
         token = int(tokenizer.sp_model.piece_to_id(piece))
         return token if tokenizer.sp_model.id_to_piece(token) == piece else None

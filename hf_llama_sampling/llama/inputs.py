@@ -1,4 +1,4 @@
-"""Reading a batch: prompts and dialogs become lists, whatever holds them in order.
+"""Read a batch: convert prompts and dialogs, in any ordered container, to lists.
 
 Lists, tuples, NumPy arrays, columns of a table, generators and the values of a dictionary are taken; a single prompt, a
 set and a whole table are refused. What this module does not do: it encodes nothing, and does not look at token ids.
@@ -11,7 +11,7 @@ import torch
 
 
 def as_rows(prompts: Any) -> Any:
-    """Prompts that can be counted and read more than once: generators, columns and dict values become lists."""
+    """Convert generators, columns and dict values to lists, so that prompts can be counted and read twice."""
     if isinstance(prompts, Sequence | torch.Tensor | Mapping | str) or not isinstance(prompts, Iterable):
         rows = prompts
     else:
@@ -23,7 +23,7 @@ def as_rows(prompts: Any) -> Any:
 
 
 def as_texts(prompts: Any) -> list[str]:
-    """Prompts as a list of texts."""
+    """Convert prompts to a list of texts."""
     given = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if isinstance(given, Mapping):
         raise TypeError("prompts must be a list of texts, and this is a dictionary: give its values()")
@@ -38,7 +38,7 @@ def as_texts(prompts: Any) -> list[str]:
 
 
 def as_dialogs(dialogs: Any) -> list[Any]:
-    """Dialogs as a list of lists of messages."""
+    """Convert dialogs to a list of lists of messages."""
     if isinstance(dialogs, str | bytes | Mapping) or not isinstance(dialogs, Iterable):
         raise TypeError("dialogs must be a list of dialogs, and this is a single one or none: wrap it as [dialog]")
     _refuse_unordered(dialogs, "dialogs")

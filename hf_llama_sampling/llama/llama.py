@@ -591,7 +591,7 @@ class Llama:
     def _stream(
         self, ids: list[list[int]], stop: Stop | None, *, continuing: bool, echo: bool, **options: Any
     ) -> Iterator[TokenEvent]:
-        """The events of a run."""
+        """Yield the events of a run."""
         self._check_batch(ids)
         if stop is not None:
             StopStrings(stop, len(ids))
@@ -711,7 +711,7 @@ class Llama:
         return chat_format != "llama2" and self.has_chat_template
 
     def _warn_of_template(self) -> None:
-        """Warn where LLAMA2's format is the default, and the tokenizer came with another."""
+        """Warn that LLAMA2's format is the default if the tokenizer came with another."""
         if not self.has_chat_template:
             return
         assert isinstance(self.tokenizer, TransformersTokenizer)
@@ -723,7 +723,7 @@ class Llama:
             )
 
     def _encode(self, text: str, row: int) -> list[int]:
-        """The prompt of a text."""
+        """Encode a text as a prompt."""
         bos = self.tokenizer.bos_id >= 0
         ids = self.tokenizer.encode(text, bos=bos, eos=False)
         if not ids:
@@ -741,7 +741,7 @@ class Llama:
         return self.tokenizer.encode_chat(dialog)
 
     def _check_batch(self, prompts: Any) -> None:
-        """The two conditions on a batch that the reference asserts."""
+        """Check the two conditions on a batch that the reference asserts."""
         if not hasattr(prompts, "__len__") or isinstance(prompts, str | Mapping):  # refused by the engine
             return
         if self.max_batch_size is not None and len(prompts) > self.max_batch_size:
@@ -757,11 +757,11 @@ class Llama:
                 )
 
     def _compat(self, *, echo: bool) -> Compat:
-        """The reference cuts an echoed prompt at an EOS; a BOS that is the EOS as well does not count as one."""
+        """Choose `compat`: never cut an echoed prompt at an EOS, as the reference does, if the BOS is an EOS too."""
         return "fixed" if echo and self.tokenizer.bos_id in self.eos_ids else self.compat
 
     def _params(self, model: PreTrainedModel) -> SimpleNamespace:
-        """The fields of the reference's `model.params`; None where the model's config has no such thing."""
+        """Build the reference's `model.params`; None for fields that the model's config lacks."""
         config = model.config.get_text_config()
         return SimpleNamespace(
             dim=getattr(config, "hidden_size", None),
@@ -778,7 +778,7 @@ class Llama:
         return self.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
     def _decoders(self, prompts: list[list[int]], *, continuing: bool) -> list[TextOf]:
-        """What decodes each row's completion."""
+        """Return each row's decoder of its completion."""
         if not continuing:
             return [self.text_of] * len(prompts)
         speller = TokenSpeller(self.tokenizer)
@@ -793,7 +793,7 @@ class Llama:
         stops: StopStrings | None,
         text_of: TextOf,
     ) -> tuple[str, dict[str, Any]]:
-        """A row's text, and what a prediction holds beside it; the first `given` tokens are an echoed prompt."""
+        """Return a row's text, and the prediction's other fields; the first `given` tokens are an echoed prompt."""
         text = self.text_of(tokens) if given else text_of(tokens)
         details: dict[str, Any] = {}
         if stops is not None:
@@ -808,7 +808,7 @@ class Llama:
 
 
 def _stream_flags(logprobs: bool, echo: bool) -> dict[str, bool]:
-    """The switches of a stream, checked."""
+    """Check the flags of a stream."""
     return {
         "logprobs": check_bool("logprobs", logprobs, "for the best tokens at each place give top_logprobs=k"),
         "echo": check_bool("echo", echo, "the answers then start with their prompts"),
@@ -816,7 +816,7 @@ def _stream_flags(logprobs: bool, echo: bool) -> dict[str, bool]:
 
 
 def _criteria(stops: StopStrings | None, prompts: list[list[int]], decoders: list[TextOf]) -> list[Any] | None:
-    """The stopping criteria of a call with stop strings."""
+    """Make the stopping criteria of a call with stop strings."""
     return [stops.criterion(prompts, decoders)] if stops else None
 
 
@@ -832,7 +832,7 @@ def _check_model(model: Any) -> None:
 
 
 def _check_limits(max_seq_len: Any, max_batch_size: Any, compat: Any, schedule: Any) -> None:
-    """The arguments of `Llama` that can be checked before a model is loaded."""
+    """Check the arguments of `Llama` that do not need the model."""
     check_choice("compat", compat, ("fixed", "meta"))
     check_choice("schedule", schedule, ("auto", "reference", "padded"))
     if max_seq_len is not None:
@@ -842,14 +842,14 @@ def _check_limits(max_seq_len: Any, max_batch_size: Any, compat: Any, schedule: 
 
 
 def _keeps_cache(keep_cache: bool | None, schedule: Schedule) -> bool:
-    """Whether calls keep what they have read; by default not under the reference's schedule, which is bit for bit."""
+    """Whether calls keep their cache. By default not under the reference schedule, which is bit for bit."""
     if keep_cache is None:
         return schedule != "reference"
     return check_bool("keep_cache", keep_cache, "leave it out to keep it unless the schedule is the reference's")
 
 
 def _check_sizes(tokenizer: TokenizerLike, embedded: int) -> None:
-    """Refuse a tokenizer that the model was not made for; tokens that were added to it may be missing in the model."""
+    """Refuse a tokenizer with more tokens than the model embeds; the model may lack tokens added to the tokenizer."""
     if hasattr(tokenizer, "n_added") and min(vocab_sizes(tokenizer)) > embedded:
         raise ValueError(
             f"the model must embed every token, but the tokenizer has {tokenizer.n_words} and the model {embedded}: "
@@ -858,12 +858,12 @@ def _check_sizes(tokenizer: TokenizerLike, embedded: int) -> None:
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
+    """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, bool]:
-    """The switches of a call, checked."""
+    """Check the flags of a call."""
     return {
         "logprobs": check_bool("logprobs", logprobs, _FLAG_WAY_OUT),
         "echo": check_bool("echo", echo, "with True the answers start with their prompts"),
@@ -872,7 +872,7 @@ def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, boo
 
 
 def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
-    """The fields of a prediction that hold something beside each token."""
+    """List the fields of a prediction that have one item per token."""
     sampling = flags["sampling_logprobs"]
     return (
         ["logprobs"] * (flags["logprobs"] or sampling)
@@ -882,7 +882,7 @@ def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
 
 
 def _asked_beside(logprobs_of: LogprobsOf | None, sampling_logprobs: bool) -> dict[str, Any]:
-    """The keywords of `generate` that ask for more beside each token, as far as they ask for something."""
+    """Collect the keywords of `generate` that ask for further scores, if they are in use."""
     return _given(logprobs_of=logprobs_of) | (
         {"sampling_logprobs": sampling_logprobs} if sampling_logprobs is not False else {}
     )
@@ -891,6 +891,6 @@ def _asked_beside(logprobs_of: LogprobsOf | None, sampling_logprobs: bool) -> di
 def _rows_with_scores(
     tokens: list[list[int]], logprobs: list[list[float]] | None, more: dict[str, list[list[Any]]] | None = None
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
-    """Each row of an answer of `generate`, and by the names of a prediction's fields what stands beside its tokens."""
+    """Pair each row of an answer of `generate` with its scores, by the names of a prediction's fields."""
     scores = ({} if logprobs is None else {"logprobs": logprobs}) | (more or {})
     return [(row, {name: values[place] for name, values in scores.items()}) for place, row in enumerate(tokens)]

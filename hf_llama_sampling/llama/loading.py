@@ -1,4 +1,4 @@
-"""Loading a model and a tokenizer, in every form that `Llama.build` takes.
+"""Load a model and a tokenizer, in every form that `Llama.build` takes.
 
 All of transformers' formats go through `from_pretrained` here, which never runs code that comes with a checkpoint, and
 never asks on standard input whether to. What this module does not do: it reads no format itself (`checkpoint` reads
@@ -26,7 +26,7 @@ _FORMS = "a checkpoint is a folder, a GGUF file or a Hub id"
 
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """``auto_class.from_pretrained`` without a checkpoint's own code.
+    """Call ``auto_class.from_pretrained`` without running a checkpoint's own code.
 
     Raises:
         ValueError: the checkpoint cannot be loaded without code of its own.
@@ -54,7 +54,7 @@ def load_model(
     max_seq_len: int | None = None,
     tokenizer: TokenizerLike | None = None,
 ) -> PreTrainedModel:
-    """A model, in eval mode, from any form of checkpoint.
+    """Load a model, in eval mode, from any form of checkpoint.
 
     Args:
         ckpt_dir: Meta's own folder, a transformers folder, a Hub id, a GGUF file or a folder that holds one.
@@ -97,12 +97,12 @@ def check_checkpoint(ckpt_dir: str | Path) -> None:
 
 
 def vocab_sizes(tokenizer: TokenizerLike) -> Sequence[int]:
-    """The sizes that a model of this tokenizer may have: with all of the tokens that were added to it, or without."""
+    """Return the vocabulary sizes that a model of this tokenizer may have: with none to all of its added tokens."""
     return range(tokenizer.n_words - getattr(tokenizer, "n_added", 0), tokenizer.n_words + 1)
 
 
 def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedModel:
-    """A checkpoint in one of transformers' own forms."""
+    """Load a checkpoint in one of transformers' own forms."""
     source, gguf = _find_checkpoint(name)
     try:
         model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, source, **placement.options(), **gguf)
@@ -116,7 +116,7 @@ def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedMode
 
 
 def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
-    """A folder or Hub id, and the GGUF file in it, if it is one."""
+    """Split a source into a folder or Hub id, and the name of the GGUF file in it, if any."""
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{_FORMS}, and {str(path)!r} is a file: give its folder")
@@ -130,7 +130,7 @@ def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def _only_gguf(folder: Path) -> str:
-    """The name of the one GGUF file in a folder."""
+    """Return the name of the only GGUF file in a folder."""
     found = sorted(file.name for file in folder.glob("*.gguf"))
     if len(found) != 1:
         holds = f"{len(found)} GGUF files ({', '.join(found)}): name one" if found else "none of them: check the path"
@@ -145,7 +145,7 @@ def _only_gguf(folder: Path) -> str:
 
 
 def load_tokenizer(source: str | Path | TokenizerLike | PreTrainedTokenizerBase) -> TokenizerLike:
-    """The tokenizer that a path, a Hub id or an object stands for.
+    """Load the tokenizer at a path or Hub id, or wrap an object.
 
     Args:
         source: a SentencePiece file, of any name; a GGUF file; a folder with a transformers tokenizer, or else with
@@ -202,5 +202,5 @@ def _load_transformers_tokenizer(name: str, **options: str) -> TransformersToken
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path can be a repository's: a mistyped path must not be asked of the Hub."""
+    """Whether a name that is not a path may be a repository: a mistyped path must not be looked up on the Hub."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith((".model", ".json", ".gguf"))

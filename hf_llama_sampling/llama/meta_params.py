@@ -1,4 +1,4 @@
-"""``params.json`` of a LLAMA2 checkpoint in Meta's own format: read, checked, and completed with the defaults.
+"""Read ``params.json`` of a LLAMA2 checkpoint in Meta's own format, check it, and fill in the defaults.
 
 The fields are those of ``ModelArgs`` in facebookresearch/llama, llama/model.py. What this module does not do: it opens
 no weights.
@@ -19,7 +19,7 @@ _KNOWN = (*_REQUIRED, "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_th
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    """The fields of ``params.json``; optional ones that it leaves out have the values that the reference runs with.
+    """Read the fields of ``params.json``; optional ones that are missing get the reference's defaults.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -45,7 +45,7 @@ def read_params(folder: Path) -> dict[str, Any]:
 
 
 def feed_forward_size(params: dict[str, Any]) -> int:
-    """The width of the feed-forward layers, as llama/model.py (``FeedForward``) derives it.
+    """Compute the width of the feed-forward layers, as llama/model.py (``FeedForward``) does.
 
     >>> feed_forward_size({"dim": 4096, "multiple_of": 256, "ffn_dim_multiplier": 1.0})  # LLAMA2 7B
     11008

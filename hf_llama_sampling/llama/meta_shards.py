@@ -1,4 +1,4 @@
-"""The shards of a LLAMA2 checkpoint in Meta's own format: found, mapped into memory and checked, but not yet read.
+"""Find the shards of a LLAMA2 checkpoint in Meta's own format, map them into memory and check them, without reading.
 
 The format is that of facebookresearch/llama: ``Llama.build`` in llama/generation.py, and llama/model.py. What this
 module does not do: it runs no code in a shard, merges nothing and places nothing.
@@ -18,7 +18,7 @@ from .meta_params import feed_forward_size
 
 Shard = dict[str, torch.Tensor]
 
-# Meta's weight: transformers' name of it, its dimensions, and which of them shards divide (None: each holds it whole).
+# Meta's name: transformers' name, the dimensions, and the dimension that shards split (None: each holds it whole).
 _LAYOUT: dict[str, tuple[str, tuple[str, ...], int | None]] = {
     "tok_embeddings": ("model.embed_tokens", ("vocab", "dim"), 1),
     "norm": ("model.norm", ("dim",), None),
@@ -49,12 +49,12 @@ class Weight(NamedTuple):
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that look like shards."""
+    """List the files that look like shards."""
     return sorted(folder.glob("consolidated.*.pth"))
 
 
 def open_shards(folder: Path, params: dict[str, Any]) -> dict[str, Shard]:
-    """The shards in order, by file name; keys, number of shards and norms are checked.
+    """Open the shards in order, by file name; check keys, number of shards and norms.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -76,7 +76,7 @@ def open_shards(folder: Path, params: dict[str, Any]) -> dict[str, Shard]:
 def merged_weights(
     shards: dict[str, Shard], params: dict[str, Any], *, vocab_sizes: Sequence[int] | None
 ) -> dict[str, Weight]:
-    """What every key of the shards stands for in the merged model; the shapes of the shards are checked.
+    """Map every key of the shards to its weight in the merged model; check the shapes of the shards.
 
     Args:
         vocab_sizes: the sizes that the embedding may have; None for whatever it has.
@@ -106,14 +106,14 @@ def merged_weights(
 
 
 def _layout(n_layers: int) -> Iterator[tuple[str, str, tuple[str, ...], int | None]]:
-    """The lines of the layout for every layer: Meta's key, transformers' key, dimensions, split."""
+    """Yield the layout of every layer's weights: Meta's key, transformers' key, dimensions, split."""
     for pattern, (name, dimensions, split) in _LAYOUT.items():
         for i in range(n_layers if "{}" in pattern else 1):
             yield f"{pattern.format(i)}.weight", f"{name.format(i)}.weight", dimensions, split
 
 
 def _ordered_files(folder: Path) -> list[Path]:
-    """The shards in order: ``consolidated.NN.pth`` for every NN from 0."""
+    """List the shards in order: ``consolidated.NN.pth`` for every NN from 0."""
     files = shard_files(folder)
     if not files:
         raise ReferenceFileNotFoundError(
@@ -139,10 +139,10 @@ def _ordered_files(folder: Path) -> list[Path]:
 
 
 def _open_shard(file: Path) -> Shard:
-    """One shard's tensors by Meta's key, mapped and not yet read."""
+    """Map one shard's tensors into memory, by Meta's key, without reading them."""
     try:
         shard = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except Exception as error:  # torch's errors for a broken file have no common type: KeyError and EOFError are seen
+    except Exception as error:  # torch's errors for a broken file have no common type: KeyError, EOFError and others
         _refuse_file(file, error)
     if not isinstance(shard, dict):
         raise ValueError(
@@ -164,7 +164,7 @@ def _open_shard(file: Path) -> Shard:
 
 
 def _refuse_file(file: Path, error: Exception) -> NoReturn:
-    """Say why a file was not loaded. torch names the class or function that a pickle would have called."""
+    """Word why a file was not loaded. torch names the class or function that a pickle would have called."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         raise ValueError(
@@ -182,7 +182,7 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def _check_shard_count(shards: dict[str, Shard], params: dict[str, Any]) -> None:
-    """The query weights of the first layer tell how many shards there were; their heads must divide among them."""
+    """Check the number of shards by the first layer's query weights, and that it divides the heads."""
     file, first = next(iter(shards.items()))
     rows, *_ = *first["layers.0.attention.wq.weight"].shape, 0  # a tensor without dimensions fails `_check_shapes`
     if rows and params["dim"] % rows == 0 and params["dim"] // rows != len(shards):
@@ -201,7 +201,7 @@ def _check_shard_count(shards: dict[str, Shard], params: dict[str, Any]) -> None
 
 
 def _check_norms(shards: dict[str, Shard]) -> None:
-    """Compare the norms, which every shard holds: they alone tell shards of different models apart."""
+    """Compare the norms, which every shard holds whole: only they tell shards of different models apart."""
     name, first = next(iter(shards.items()))
     for key in [key for key in first if key.endswith("norm.weight")]:
         for file, shard in list(shards.items())[1:]:
@@ -215,7 +215,7 @@ def _check_norms(shards: dict[str, Shard]) -> None:
 
 
 def _embedding(shards: dict[str, Shard], params: dict[str, Any]) -> tuple[int, int]:
-    """Rows of the whole embedding, and the dimension that shards divide: in LLAMA2 the second, later the first."""
+    """Return the whole embedding's rows, and the dimension that shards split: in LLAMA2 the second, later the first."""
     parts = [shard["tok_embeddings.weight"] for shard in shards.values()]
     if len(parts) > 1 and all(part.shape[1:] == (params["dim"],) for part in parts):
         return sum(part.shape[0] for part in parts), 0

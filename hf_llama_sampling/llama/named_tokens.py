@@ -1,4 +1,4 @@
-"""Tokens whose logprobs are asked for: ids, or texts of one token each, as they stand within a text.
+"""Read the tokens whose logprobs are asked for: ids, or texts that are one token within a text.
 
 What this module does not do: it computes no logprob.
 """
@@ -13,7 +13,7 @@ LogprobsOf = Sequence[int | str] | Sequence[Sequence[int | str]]
 
 
 def named_ids(given: LogprobsOf | None, rows: int, tokenizer: TokenizerLike) -> list[list[Any]] | None:
-    """For each row the ids that it asks for; `generate` checks that they are in the vocabulary.
+    """List the ids that each row asks for; `generate` checks that they are in the vocabulary.
 
     Args:
         given: ids and texts for all rows, or one such list per row.
@@ -46,7 +46,7 @@ def named_ids(given: LogprobsOf | None, rows: int, tokenizer: TokenizerLike) -> 
 
 
 def token_id(token: Any, tokenizer: TokenizerLike, where: str = "") -> Any:
-    """The id of a text that is one token within a text, so that " Yes" is another than "Yes"; an id is itself."""
+    """Return the id of a text that is one token within a text (" Yes" differs from "Yes"); return an id unchanged."""
     if not isinstance(token, str):
         return token
     ids = _within_a_text(token, tokenizer)
@@ -61,8 +61,8 @@ def token_id(token: Any, tokenizer: TokenizerLike, where: str = "") -> Any:
 
 
 def _within_a_text(text: str, tokenizer: TokenizerLike) -> list[int]:
-    """The ids of a text that stands after a line's end: tokenizers put a space of their own before a whole text."""
+    """Encode a text as it is after a line end, since tokenizers put a space before a text that is encoded alone."""
     before = tokenizer.encode("\n", bos=False, eos=False)
     ids = tokenizer.encode(f"\n{text}", bos=False, eos=False)
-    # Where the two run together into other tokens, the text stands alone.
+    # If the line end and the text merge into other tokens, encode the text alone.
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text, bos=False, eos=False)

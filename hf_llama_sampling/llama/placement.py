@@ -1,4 +1,4 @@
-"""Where the weights go and in which dtype: what `Llama.build` is told, checked before anything is read.
+"""Choose the devices and the dtype of the weights: check `Llama.build`'s arguments before anything is read.
 
 What this module does not do: it reads no checkpoint and moves no weight.
 """
@@ -23,10 +23,10 @@ _DTYPE_EXAMPLES = "'float16', 'bfloat16', 'float32', their torch.dtype, or 'auto
 
 @dataclass(frozen=True)
 class Placement:
-    """How weights are placed, in transformers' and accelerate's terms.
+    """Placement of the weights, in transformers' and accelerate's terms.
 
     Args:
-        dtype: of the weights; `"auto"` is the checkpoint's own.
+        dtype: the weights' dtype; `"auto"` is the checkpoint's own.
         device_map: a device, `"auto"` and its kin, or a mapping from modules to devices; None for the CPU.
         max_memory: what `"auto"` may use of each device.
         offload_folder: for modules on `"disk"`; a temporary folder if None.
@@ -38,7 +38,7 @@ class Placement:
     offload_folder: str | Path | None = None
 
     def options(self) -> dict[str, Any]:
-        """The options that were given, as keywords of transformers' `from_pretrained`."""
+        """Return the options that are not None, as keywords of transformers' `from_pretrained`."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -49,10 +49,10 @@ def choose_placement(
     offload_folder: str | Path | None = None,
     model_parallel_size: int | None = None,
 ) -> Placement:
-    """Complete what `Llama.build` was told: the first GPU, or `model_parallel_size` of them, else the CPU.
+    """Complete `Llama.build`'s arguments: by default the first GPU, or `model_parallel_size` of them, else the CPU.
 
     Raises:
-        ValueError: a device that this machine does not have, or a dtype that weights cannot have.
+        ValueError: a device that this machine lacks, or a dtype that weights cannot have.
         TypeError: a device map of another type.
     """
     checked = _check_dtype(dtype)
@@ -79,7 +79,7 @@ def choose_placement(
 
 
 def _check_dtype(dtype: Any) -> torch.dtype | Literal["auto"] | None:
-    """A dtype that weights can have, from itself or its name."""
+    """Read a floating-point dtype, or its name."""
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return dtype  # type: ignore[return-value]
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -89,7 +89,7 @@ def _check_dtype(dtype: Any) -> torch.dtype | Literal["auto"] | None:
 
 
 def check_device_map(device_map: Any) -> None:
-    """Refuse a device map that names a device which this machine does not have."""
+    """Refuse a device map with a device that this machine lacks."""
     if device_map is None:
         return
     if isinstance(device_map, Mapping):
@@ -100,10 +100,10 @@ def check_device_map(device_map: Any) -> None:
 
 
 def check_device(device: Any, name: str = "device") -> str | int:
-    """A device of this machine in accelerate's spelling: a string, or a GPU's number.
+    """Read a device of this machine; return it in accelerate's spelling: a string, or a GPU's number.
 
     Raises:
-        ValueError: there is no such device here; the sentence says what there is.
+        ValueError: there is no such device here; the message lists those that exist.
         TypeError: neither a name, a number nor a torch.device.
     """
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
@@ -129,7 +129,7 @@ def _spellings() -> str:
 
 
 def _count(kind: str) -> int:
-    """The devices of a kind that torch can use here."""
+    """Count the devices of a kind that torch can use here."""
     if kind == "cpu":
         return 1
     if kind == "mps":

@@ -1,4 +1,4 @@
-"""`Llama.model`: a transformers model that also answers what scripts ask of the reference's ``Transformer``.
+"""`Llama.model`: a transformers model that also has the interface of the reference's ``Transformer``.
 
 ``model.forward(tokens, start_pos)`` with its cache by position, ``model.params``, and ``layers``, ``tok_embeddings``,
 ``norm`` and ``output`` for hooks (facebookresearch/llama, llama/model.py). Everything else is the transformers model's
@@ -28,21 +28,21 @@ _FROM_PARAMS = ("n_layers",)
 
 
 class _Read(NamedTuple):
-    """What earlier calls of `forward(tokens, start_pos)` have read."""
+    """Texts and cache of earlier calls of `forward(tokens, start_pos)`."""
 
     ids: Tensor  # (B, T), the texts
-    cache: Any  # the model's own of these texts; of no use where it holds other things than their keys and values
+    cache: Any  # the model's cache of these texts; used only if it gives the logits of the whole text
 
 
 class _Answer(NamedTuple):
-    """What a forward answers."""
+    """Output of a forward."""
 
     logits: Tensor  # (B, T, V)
     cache: Any
 
 
 def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) -> Any:
-    """A model of its own that shares its weights with `model` and has the members of the reference's.
+    """Make a separate model that shares its weights with `model` and has the members of the reference's.
 
     >>> handle = with_reference_interface(model, SimpleNamespace(max_seq_len=64))
     >>> handle.forward(torch.tensor([[1, 870]]), 0).shape, handle.forward(torch.tensor([[988]]), 2).shape
@@ -51,13 +51,13 @@ def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) ->
     handle: Any = copy.copy(with_llama_generation(model))
     handle = _as_reference(handle)
     handle.params = params
-    handle.max_seq_len = params.max_seq_len  # the one limit of generate, score_tokens and forward
+    handle.max_seq_len = params.max_seq_len  # the limit of generate, score_tokens and forward
     handle._read, handle._goes_on = None, {}
     return handle
 
 
 class ReferenceModel:
-    """The reference's interface, put before a model class by `with_reference_interface`."""
+    """The reference's interface, which `with_reference_interface` mixes into a model class."""
 
     params: SimpleNamespace
     _read: _Read | None
@@ -65,7 +65,7 @@ class ReferenceModel:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """The model's own forward, and with a `start_pos` the reference's: `forward(tokens, start_pos)`.
+        """Call the model's own forward; with a `start_pos`, the reference's `forward(tokens, start_pos)`.
 
         It answers tokens (B, T) that stand at `start_pos`, `start_pos + 1`, ... of each row with float32 logits
         (B, T, V). A `start_pos` of 0 starts new texts, the end of the last call goes on, anything between goes back.
@@ -92,7 +92,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def _forward_at(self, forward: Callable[..., Any], tokens: Any, start_pos: Any) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) at `start_pos`, by the cache of earlier calls where it can be trusted."""
+        """Compute logits (B, T, V) of tokens (B, T) at `start_pos`, from earlier calls' cache if that is reliable."""
         start = check_int("start_pos", start_pos, least=0)
         new = self._check_tokens(tokens, start)
         earlier, self._read = self._read, None  # a call that fails keeps nothing
@@ -103,7 +103,7 @@ class ReferenceModel:
             by_cache = _go_on(forward, earlier, new, start) if goes_on_from_a_cache(self, ids.shape[1]) else None
         if by_cache is None or single not in self._goes_on:
             answer = _whole(forward, ids)
-            if by_cache is not None:  # the first time: does the cache give what the whole text gives?
+            if by_cache is not None:  # the first time, check that the cache gives the logits of the whole text
                 self._goes_on[single] = _equal(by_cache.logits, answer.logits[:, start:], self.dtype)
         if by_cache is not None and self._goes_on[single]:
             answer = by_cache
@@ -111,7 +111,7 @@ class ReferenceModel:
         return answer.logits[:, -new.shape[1] :].float()
 
     def _check_tokens(self, tokens: Any, start: int) -> Tensor:
-        """Token ids (B, T) on the model's device."""
+        """Convert token ids (B, T) to a tensor on the model's device."""
         try:
             ids = torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError):
@@ -154,14 +154,14 @@ class ReferenceModel:
         return found
 
     def __reduce__(self) -> Any:
-        # A class that was made while running cannot be pickled by name, so it is made again around a blank of its base.
+        # A class made at run time cannot be pickled by name, so unpickling makes it again from its base class.
         base: Any = type(self).__mro__[2]
         return _as_reference, (base.__new__(base),), self.__dict__
 
 
 @functools.cache
 def _reference_class(model_class: Any) -> Any:
-    """The class with the interface before it, under the same name: `save_pretrained` writes that into the config."""
+    """Mix the interface into a class, under the same name, which `save_pretrained` writes into the config."""
     if issubclass(model_class, ReferenceModel):
         return model_class
     return type(model_class.__name__, (ReferenceModel, model_class), {"__module__": __name__})
@@ -174,7 +174,7 @@ def _as_reference(blank: Any) -> Any:
 
 
 def _reference_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Tokens and position of a call of the reference's forward; None for one of transformers'."""
+    """Return tokens and position of a call in the reference's form; None for transformers' form."""
     given = dict(kwargs)
     if len(args) == 2 and _is_position(args[1]) and not kwargs:
         return args[0], args[1]
@@ -193,21 +193,21 @@ def _reference_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
 
 
 def _is_position(value: Any) -> bool:
-    """Whether a second positional argument is a position, and not transformers' attention mask."""
+    """Whether a second positional argument is a position, not transformers' attention mask."""
     return not (value is None or isinstance(value, Mapping) or getattr(value, "ndim", False))
 
 
 def _whole(forward: Callable[..., Any], ids: Tensor) -> _Answer:
-    """The logits of whole texts (B, T), and the cache that the model makes of them, if it does."""
+    """Compute the logits of whole texts (B, T); return also the model's cache of them, if it makes one."""
     try:
         output = forward(input_ids=ids, use_cache=True, return_dict=True)
-    except ValueError:  # recurrent models that make no cache by themselves
+    except ValueError:  # a recurrent model that makes no cache by itself
         output = forward(input_ids=ids, use_cache=False, return_dict=True)
     return _Answer(output.logits, cache_in(output))
 
 
 def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int) -> _Answer | None:
-    """The logits of new tokens (B, T) by the cache of those before; None where that cannot tell them."""
+    """Compute the logits of new tokens (B, T) from the cache of earlier ones; None if the model cannot use it."""
     cache, length = earlier.cache, earlier.ids.shape[1]
     if not can_be_shared(cache) or int(cache.get_seq_length()) != length or (start < length and not can_drop(cache)):
         return None
@@ -215,7 +215,7 @@ def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int)
         cache = select_rows(drop_last(cache, length - start), torch.arange(len(new)))
     try:
         output = forward(input_ids=new, **{CACHE_NAME: cache}, use_cache=True, return_dict=True)
-    except (AssertionError, NotImplementedError, TypeError, ValueError):  # a model that takes no cache, or one token
+    except (AssertionError, NotImplementedError, TypeError, ValueError):  # it takes no cache, or only single tokens
         return None
     kept = cache_in(output)
     if kept is None or not hasattr(kept, "get_seq_length") or int(kept.get_seq_length()) != start + new.shape[1]:
@@ -224,7 +224,7 @@ def _go_on(forward: Callable[..., Any], earlier: _Read, new: Tensor, start: int)
 
 
 def _texts_before(earlier: _Read | None, rows: int, start: int) -> Tensor:
-    """The texts (B, start) that new tokens of so many rows go on from."""
+    """Return the texts (B, start) that the new tokens of so many rows continue."""
     length = 0 if earlier is None else earlier.ids.shape[1]
     if earlier is None or start > length:
         raise ValueError(
@@ -240,7 +240,7 @@ def _texts_before(earlier: _Read | None, rows: int, start: int) -> Tensor:
 
 
 def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits are equal up to rounding; a state that is lost, or another position, is off by far more."""
+    """Whether logits are equal up to rounding; a lost state or a wrong position would differ by far more."""
     if found.shape != expected.shape:
         return False
     allowed = min(0.1, 1000 * torch.finfo(dtype).eps) * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Text as its tokens come: a streamer for one row, in the manner of transformers' streamers.
+"""Stream one row's text token by token, with the interface of transformers' streamers.
 
 What this module does not do: it decodes nothing itself; it is given a function that does.
 """
@@ -11,9 +11,9 @@ from ..text.stopping import StopStrings
 
 
 class TextStreamer:
-    """Hand a single row's completion to `write` as text, as its tokens come.
+    """Write a single row's completion as text, token by token.
 
-    Bytes that do not make a character yet are held back, and so is what may become a stop string.
+    Incomplete characters and possible stop-string starts are held back.
 
     Args:
         text_of: decodes token ids.
@@ -30,10 +30,10 @@ class TextStreamer:
         is_byte: Callable[[int], bool] | None = None,
     ) -> None:
         self.text_of, self.write, self.stops, self.is_byte = text_of, write, stops, is_byte
-        self.text: GrowingText[None] | None = None  # None before the prompt has passed
+        self.text: GrowingText[None] | None = None  # None until the prompt was put
 
     def put(self, value: Any) -> None:
-        """The prompt (1, T) first, then new ids (1,)."""
+        """Take the prompt (1, T) first, then new ids (1,)."""
         if self.text is None:
             self.text = GrowingText(self.text_of, self.stops, is_byte=self.is_byte)
             return
@@ -41,7 +41,7 @@ class TextStreamer:
             self._write(piece for _, piece in self.text.add(token, None))
 
     def end(self) -> None:
-        """Write what was held back."""
+        """Write the text that was held back."""
         if self.text is not None:
             released, end = self.text.end()
             self._write([*(piece for _, piece in released), end.text])

@@ -1,7 +1,7 @@
-"""Chat templates: programs in Jinja that come with a tokenizer, run in transformers' sandbox and within a budget.
+"""Chat templates: Jinja programs that come with a tokenizer, run in transformers' sandbox within a budget of steps.
 
-The sandbox keeps a template from files, attributes and large ranges; loops within loops are stopped here. What this
-module does not do: it encodes nothing.
+The sandbox keeps a template from files, attributes and large ranges; the budget stops nested loops. What this module
+does not do: it encodes nothing.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ class _TooManySteps(Exception):
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]]) -> str:
-    """The text of a conversation in the tokenizer's own chat format, open for the assistant's answer.
+    """Render a conversation in the tokenizer's own chat format, open for the assistant's answer.
 
     Raises:
         ValueError: the template refuses the messages, fails, or does not end.
@@ -47,7 +47,7 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[st
 
 @contextlib.contextmanager
 def _step_budget(steps: int) -> Iterator[None]:
-    """Stop the code inside after so many lines of Python: a count, unlike a clock, is the same on every machine."""
+    """Stop the code inside after `steps` lines of Python: unlike a clock, a count is the same on every machine."""
     left = steps
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:

@@ -278,10 +278,10 @@ def test_the_command_maps_and_keeps_fields(llama, tmp_path):
 @pytest.mark.launches
 def test_ctrl_c_ends_the_command_in_one_sentence(llama, tmp_path):
     """SIGINT in the middle of a run: status 130, no traceback, and the same command completes the output."""
-    source = write(tmp_path / "in", some_records(300))
-    batch.run(llama, source, tmp_path / "whole", max_gen_len=30, batch_size=2)
+    source = write(tmp_path / "in", some_records(100))
+    batch.run(llama, source, tmp_path / "whole", max_gen_len=20, batch_size=2)
     command = [sys.executable, "-m", "hf_llama_sampling", "batch", source, tmp_path / "out"]
-    command += ["--max-gen-len", "30", "--batch-size", "2"]
+    command += ["--max-gen-len", "20", "--batch-size", "2"]
     environment = {**os.environ, **ONE_THREAD}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as ran:
         shard = tmp_path / "out.run" / "shard-00000"
@@ -292,8 +292,8 @@ def test_ctrl_c_ends_the_command_in_one_sentence(llama, tmp_path):
     assert ran.returncode == 130 and out == ""
     assert error.count("\n") == 1 and "interrupted: what was answered is kept" in error
     assert not (tmp_path / "out").exists()
-    summary = batch.run(llama, source, tmp_path / "out", max_gen_len=30, batch_size=2)
-    assert 0 < summary.answered < 300
+    summary = batch.run(llama, source, tmp_path / "out", max_gen_len=20, batch_size=2)
+    assert 0 < summary.answered < 100
     assert filecmp.cmp(tmp_path / "out", tmp_path / "whole", shallow=False)
 
 

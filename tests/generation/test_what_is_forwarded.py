@@ -22,7 +22,7 @@ def hidden_signature(model):
 
 def compiled(model):
     """`torch.compile` before ours; its eager backend traces and checks, and generates no code."""
-    return with_ours(torch.compile(model, backend="eager"))
+    return with_ours(torch.compile(model, backend="eager", dynamic=True))
 
 
 def dispatched(model):

@@ -1,5 +1,6 @@
 """No code that comes with a checkpoint runs, by whatever entrance it is loaded."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from hf_llama_sampling import Llama, LlamaForCausalLM, with_llama_generation
+from hf_llama_sampling.cli import main
 from hf_llama_sampling.llama.loading import load_tokenizer
 from tests.conftest import TINY
 
@@ -66,7 +68,13 @@ def nothing_ran(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.launches
+def check_refused(status: int, out: str, error: str) -> None:
+    """One sentence that names the way out, and nothing on standard output."""
+    assert status == 2 and out == ""
+    assert "code that comes with a checkpoint is never run here" in error
+    assert "trust_remote_code=True" in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("command", "text"),
     [
@@ -77,16 +85,29 @@ def nothing_ran(tmp_path: Path):
         (["parity", "--quick"], "y\n"),
     ],
 )
-def test_commands_do_not_ask_their_input(own_tokenizer: Path, own_model: Path, command: list[str], text: str) -> None:
+def test_commands_do_not_ask_their_input(
+    own_tokenizer: Path,
+    own_model: Path,
+    command: list[str],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """A line of the user's data is never taken as consent: the command refuses and names the way out."""
-    where = ["--model", str(own_model)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    check_refused(main([*command, "--model", str(own_model)]), *capfd.readouterr())
+
+
+@pytest.mark.launches
+def test_a_command_of_its_own_does_not_ask_its_input(own_tokenizer: Path, own_model: Path) -> None:
+    """The same in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, "-m", "hf_llama_sampling", *command, *where], input=text, capture_output=True, text=True
+        [sys.executable, "-m", "hf_llama_sampling", "chat", "--model", str(own_model)],
+        input="y\nhello\n",
+        capture_output=True,
+        text=True,
     )
-    assert ran.returncode == 2
-    assert "code that comes with a checkpoint is never run here" in ran.stderr
-    assert "trust_remote_code=True" in ran.stderr and "Traceback" not in ran.stderr
-    assert ran.stdout == ""
+    check_refused(ran.returncode, ran.stdout, ran.stderr)
 
 
 def test_tokenizers_with_code_are_refused(own_tokenizer: Path) -> None:

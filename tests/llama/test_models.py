@@ -67,7 +67,7 @@ def test_wrapped_models_answer_as_the_model_itself():
     peft = pytest.importorskip("peft")
     plain = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     want = Llama(plain, str(TINY)).generate([[1, 870]], 6, 0.0)
-    compiled = torch.compile(plain, backend="eager")
+    compiled = torch.compile(plain, backend="eager", dynamic=True)
     assert Llama(compiled, str(TINY)).generate([[1, 870]], 6, 0.0) == want
     lora = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     adapted = Llama(lora, str(TINY))

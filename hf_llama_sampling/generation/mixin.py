@@ -346,7 +346,7 @@ class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
 def _read_call(
     model: Any, inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[Call, list[list[int]], bool]:
-    """The keywords of `generate` by who reads them, the prompts as lists, and whether they came as a tensor."""
+    """Sort the keywords of `generate`, read the prompts as lists, and tell whether they came as a tensor."""
     refuse_encoder_decoder(model)
     refuse_invocation_tokens(model)
     events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
@@ -361,7 +361,7 @@ def _read_call(
 
 
 def _make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request) -> Plan:
-    """The plan of a call, and refusals of what the model's forward cannot do, as tried out."""
+    """Make the plan of a call; refuse what the model's forward cannot do, according to the probe."""
     probe = Probe(model, _transformers_generate(model))
     refuse_other_positions(model, probe)
     plan = make_plan(model, prompts, call, request, probe)
@@ -373,7 +373,7 @@ def _make_plan(model: Any, prompts: list[list[int]], call: Call, request: Reques
 
 
 def _run(model: Any, plan: Plan, call: Call, prompt_cache: PromptCache | None) -> tuple[Rows, dict[str, Any]]:
-    """The rows of a plan, and what else transformers' outputs hold."""
+    """Run a plan; return its rows, and the further outputs of transformers' loop."""
     loop = _transformers_generate(model)
     if not plan.scores_unshifted:
         return run_parts(model, loop, plan, call, prompt_cache)

@@ -1,7 +1,7 @@
-"""The values of options that transformers' processors and loop read: each is checked before anything is forwarded.
+"""Check the values of options that transformers' processors and loop read, before anything is forwarded.
 
-Some of transformers' own checks come in a step, and some values it takes mean nothing. What can only mean one thing is
-taken: 2 for 2.0, tuples and arrays for lists. What this module does not do: it knows no prompts.
+transformers makes some of its checks only in a step, and accepts some meaningless values. Values that can mean only one
+thing are converted: 2 for 2.0, tuples and arrays for lists. What this module does not do: it knows no prompts.
 """
 
 import math
@@ -27,7 +27,7 @@ def check_option_values(options: dict[str, Any], vocab_size: int) -> None:
 
 
 def check_allowed(allowed: Any, vocab_size: int, where: str) -> list[int]:
-    """What `prefix_allowed_tokens_fn` answers, as a list of ids: an id, or several in anything that holds them."""
+    """Convert the answer of `prefix_allowed_tokens_fn` to a list of ids: one id, or several in any container."""
     listed = list(allowed) if isinstance(allowed, (set, frozenset)) else to_list(allowed)
     listed = [allowed] if listed is None else listed
     nested = [to_list(item) for item in listed]
@@ -63,7 +63,7 @@ def _size(name: str, value: Any, _: int) -> int:
 
 
 def _mark(name: str, value: Any, _: int) -> int:
-    """A special token's id; old checkpoints have -1, and an added pad token may lie beyond the model's own."""
+    """Check a special token's id; old checkpoints have -1, and an added pad token may exceed the model's ids."""
     return check_int(name, value, least=-1)
 
 

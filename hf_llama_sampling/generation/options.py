@@ -1,4 +1,4 @@
-"""Sorting what a call to `generate` says, and refusing by name what has no place in this sampler.
+"""Sort the keywords of a call to `generate`, and refuse by name those that this sampler does not support.
 
 Every refusal is one sentence: the rule, the value, the row, the way out. What this module does not do: it reads no
 prompts and runs nothing.
@@ -31,8 +31,8 @@ from .option_values import check_option_values
 from .pipelines import added_by_a_pipeline
 from .releases import CACHE_NAME, CACHE_NAMES
 
-# Options of a generation config, by what becomes of them.
-# These edit logits so as to keep a text from ending; where no id ends a text they do nothing.
+# Options of a generation config, by their use.
+# These edit logits to keep a text from ending; without an EOS id they have no effect.
 NEEDING_EOS = {"min_length", "min_new_tokens", "exponential_decay_length_penalty"}
 # These edit logits. Their processors are made in `edits`, since each must see a row's own text.
 EDITING = NEEDING_EOS | {
@@ -49,7 +49,7 @@ EDITING = NEEDING_EOS | {
     "guidance_scale",
     "remove_invalid_values",
 }
-# Values with which an option that edits logits edits nothing.
+# Values with which an option that edits logits has no effect.
 NO_EDIT: dict[str, Any] = {
     "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
@@ -60,9 +60,9 @@ NO_EDIT: dict[str, Any] = {
     "min_new_tokens": 0,
     "remove_invalid_values": False,
 }
-# These say which cache to use; transformers then makes it.
+# These choose the cache, which transformers makes.
 CACHING = {"cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"}
-# What transformers' loop is told.
+# Options that are passed to transformers' loop.
 FOR_THE_LOOP = CACHING | {
     "use_cache",
     "max_time",
@@ -72,7 +72,7 @@ FOR_THE_LOOP = CACHING | {
     "output_hidden_states",
     "output_logits",
 }
-# What `generate` itself reads.
+# Options that `generate` itself reads.
 FOR_GENERATE = EDITING | {
     "do_sample",
     "temperature",
@@ -98,7 +98,7 @@ FLAGS = {
     "remove_invalid_values",
     "disable_compile",
 }
-# Values with which an option that has no place here asks for nothing.
+# Values with which an unsupported option has no effect, so that it need not be refused.
 NEUTRAL: dict[str, Any] = {
     "top_k": 0,
     "typical_p": 1.0,
@@ -111,7 +111,7 @@ NEUTRAL: dict[str, Any] = {
     "diversity_penalty": 0.0,
     "renormalize_logits": True,
 }
-# Keywords of transformers' `generate` and of models' `forward` that have no place here.
+# Keywords of transformers' `generate` and of models' `forward` that are not supported.
 REFUSED = {
     "assistant_model",
     "assistant_tokenizer",
@@ -126,7 +126,7 @@ REFUSED = {
     "use_model_defaults",
     "trust_remote_code",
 }
-# What to do instead, where there is more to say than "leave it out".
+# Ways out that are better than "leave it out".
 WAYS_OUT = {
     "top_k": "for a top-k before the nucleus pass logits_processor=[TopKLogitsWarper(k)]",
     "min_p": "pass logits_processor=[MinPLogitsWarper(p)]",
@@ -142,7 +142,7 @@ WAYS_OUT = {
 }
 # Inputs of models that read more than token ids, as their processors name them.
 _OF_OTHER_MODELS = re.compile("^(pixel|image|video|audio|input_(features|values))|_grid_thw$|token_type_ids$")
-# Arguments of transformers' `generate` that are no options of a config.
+# Arguments of transformers' `generate` that are not options of a config.
 LOOP_ARGUMENTS = (
     "logits_processor",
     "stopping_criteria",
@@ -166,12 +166,12 @@ class Call:
     events: Any = None  # an `EventSource` that follows the run
 
     def option(self, name: str, *, beside: Any = None) -> Any:
-        """An option's value. A config's, or a pipeline's own, counts for nothing beside what the call itself says."""
+        """Return an option's value; None if it is a config's or a pipeline's own, and the call gives `beside`."""
         weaker = name in self.in_config or name in self.from_pipeline
         return None if beside is not None and weaker else self.options.get(name)
 
     def editing(self) -> list[str]:
-        """The names of the options in force that edit logits, sorted."""
+        """List the options in force that edit logits, sorted by name."""
         return [
             name
             for name in sorted(EDITING)
@@ -184,7 +184,7 @@ def sort_keywords(
 ) -> Call:
     """Sort a call's keywords.
 
-    Config fields that equal `GenerationConfig()`'s defaults count as unset, `do_sample` apart.
+    Config fields that equal `GenerationConfig()`'s defaults count as unset, except `do_sample`.
 
     Args:
         model: its `forward` says which further keywords there are.
@@ -226,7 +226,7 @@ def sort_keywords(
 
 
 def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeError:
-    """The refusal of a keyword that nothing here reads."""
+    """Word the refusal of an unknown keyword."""
     near = ["stop_strings"] if name == "stop" else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not _OF_OTHER_MODELS.search(name) or (near and _OF_OTHER_MODELS.search(near[0])):
         hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
@@ -238,7 +238,7 @@ def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeEr
 
 
 def _read_config(config: Any) -> Call:
-    """The options that a config given in the call sets."""
+    """Read the options that a config given in the call sets."""
     if config is None:
         return Call()
     if not isinstance(config, GenerationConfig):
@@ -256,7 +256,7 @@ def _read_config(config: Any) -> Call:
 
 
 def _refuse_options_without_a_place(options: dict[str, Any], method: str) -> None:
-    """Refuse by name every option that asks for something which this sampler does not do."""
+    """Refuse by name every option in force that this sampler does not support."""
     for name, value in options.items():
         off = value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name])
         if name not in FOR_THE_LOOP | FOR_GENERATE and not off:
@@ -269,7 +269,7 @@ def _refuse_options_without_a_place(options: dict[str, Any], method: str) -> Non
 
 
 def _check_kinds(call: Call) -> None:
-    """Refuse objects of the wrong kind here, since transformers' loop would trip over them in some step."""
+    """Refuse objects of the wrong kind, before transformers' loop fails on them in some step."""
     for name in FLAGS:
         if call.options.get(name) is not None:
             check_bool(name, call.options[name])
@@ -301,12 +301,12 @@ def _check_kinds(call: Call) -> None:
 
 
 def is_object(value: Any) -> bool:
-    """Whether this is an object, and not the class that one is made of."""
+    """Whether this is an object, not a class."""
     return not isinstance(value, type)
 
 
 def _no_place(name: str, asked: str, method: str) -> str:
-    """The refusal of an option, with the way out; most of those that `generate` has are processors, which it runs."""
+    """Word the refusal of an option; `WAYS_OUT` applies to `generate` only, since most name logits processors."""
     way_out = WAYS_OUT.get(name, "leave it out") if method == "generate" else "leave it out"
     return (
         f"{asked} has no place in LLAMA2's sampler: {way_out}, or call transformers' own model class for transformers' "
@@ -315,7 +315,7 @@ def _no_place(name: str, asked: str, method: str) -> str:
 
 
 def choose_temperature(given: PerRow | None, call: Call) -> float | list[float]:
-    """The temperature: from the call, else from a config in it, else Meta's default; `do_sample=False` means 0."""
+    """Choose the temperature: the call's, else its config's, else Meta's default; `do_sample=False` means 0."""
     if "temperature" in call.from_pipeline:
         given = None
     do_sample = call.option("do_sample", beside=given)
@@ -340,12 +340,12 @@ def _of_config(name: str, call: Call) -> Any:
 
 
 def choose_top_p(given: PerRow | None, call: Call) -> float | list[float]:
-    """`top_p`: from the call, else from a config given in it, else Meta's default."""
+    """Choose `top_p`: the call's, else its config's, else Meta's default."""
     return per_row("top_p", first_not_none(given, call.from_config.get("top_p"), TOP_P), check_top_p)
 
 
 def resolve_alias(name: str, given: Any, alias: str, other: Any) -> Any:
-    """The value of an argument that has two spellings."""
+    """Return the value of an argument that has two names."""
     if given is not None and other is not None and to_python(given) != to_python(other):
         values = "" if isinstance(given, Tensor) else f" ({to_python(other)} and {to_python(given)})"
         raise ValueError(f"{alias} means {name}, but they differ{values}: drop one of the two")
@@ -353,10 +353,10 @@ def resolve_alias(name: str, given: Any, alias: str, other: Any) -> Any:
 
 
 def choose_gen_lens(given: Any, total: int | None, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Most new tokens per prompt, as asked.
+    """Read the most new tokens per prompt, as asked.
 
     Args:
-        given: an int or one per prompt, or None where the call limits the total length instead.
+        given: an int or one per prompt, or None if the call limits the total length instead.
         total: the total length that the call gives, or None.
         prompts: the prompts.
     """

@@ -1,6 +1,6 @@
-"""What `generate` and `score_tokens` return.
+"""Outputs of `generate` and `score_tokens`: arrange finished rows in the convention that was asked for.
 
-What this module does not do: it computes no number; it arranges finished rows in the convention that was asked for.
+What this module does not do: it computes no number.
 """
 
 from collections.abc import Sequence
@@ -174,7 +174,7 @@ class LlamaScoreOutput(ModelOutput):
 
 
 def sequences_of(rows: Rows, plan: Plan) -> Tensor:
-    """(B, T) in transformers' convention: all prompts end in one column, completions are followed by pad.
+    """Lay out rows (B, T) in transformers' convention: all prompts end in one column, pad follows completions.
 
     >>> # prompts [1, 5] and [1, 6, 7], completions [8, 9] and [8], pad 0
     >>> # [[0, 1, 5, 8, 9],
@@ -188,13 +188,13 @@ def sequences_of(rows: Rows, plan: Plan) -> Tensor:
 
 
 def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str, Any]) -> LlamaGenerateOutput:
-    """The answer in Meta's convention: cut before EOS, with logprobs beside it.
+    """Build the output in Meta's convention: completions cut before EOS, with their logprobs.
 
     Args:
-        rows: what the run made.
-        plan: what was asked.
-        sequences: the same in transformers' convention.
-        extras: what else transformers' loop gives: logits, attentions, hidden states, a cache.
+        rows: the rows of the run.
+        plan: the plan of the call.
+        sequences: the rows in transformers' convention.
+        extras: further outputs of transformers' loop: logits, attentions, hidden states, a cache.
     """
     texts = list(zip(rows.tokens, plan.lengths, strict=True))
     spans = [
@@ -224,7 +224,7 @@ def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str,
 
 
 def _settings_in_force(plan: Plan) -> dict[str, Any]:
-    """The settings to report: one value where all rows share it, else one per row."""
+    """Collect the settings to report: one value if all rows share it, else one per row."""
     sampling = plan.sampling
     return {
         "temperature": _listed(sampling.temperature),

@@ -44,10 +44,10 @@ BARS_SHOWN = [
         "transformers, left-padded, no logprobs",
     ),
     Bar(
-        "the same prompts, Meta's stream",
-        "the reference's loop",
-        "ragged batch of 8, 16 to 400, 32 new tokens, Meta's stream",
-        "the reference's loop",
+        "multiple choice: a header of 500, 8 questions of 60, 4 choices",
+        "lm-evaluation-harness, `HFLM`",
+        "multiple choice: header 500, 8 contexts of 60, 4 continuations of 6 tokens",
+        "lm-evaluation-harness, `HFLM`, batch 8",
     ),
     Bar(
         "memory for logprobs and echo, 8 rows of 512 + 256 tokens",

@@ -28,7 +28,7 @@ from .console import (
     write_named,
     write_table,
 )
-from .defaults import BATCH_SIZE, BATCH_TOKENS, TEMPERATURE, TOP_P, WINDOW, __version__
+from .defaults import BATCH_SIZE, BATCH_TOKENS, SAMPLING_LOGPROBS, TEMPERATURE, TOP_P, WINDOW, __version__
 from .sampling.settings import SamplingSettings
 
 BUNDLED = Path(__file__).parent / "tiny_llama"
@@ -47,7 +47,6 @@ _LEAST = {
     "num_fewshot": 0,
     "stride": 1,
 }
-_SAMPLING = ("logprobs", "temperature_logprobs", "sampled_logprobs", "nucleus_mass")
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -84,17 +83,10 @@ def complete(arguments: argparse.Namespace) -> int:
     with progress(arguments.max_gen_len) as streamer:
         answers = llama.text_completion(
             prompts,
-            temperature=arguments.settings.temperature,
-            top_p=arguments.settings.top_p,
-            max_gen_len=arguments.max_gen_len,
-            logprobs=arguments.logprobs,
             logprobs_of=arguments.logprobs_of,
             sampling_logprobs=arguments.sampling_logprobs,
-            echo=arguments.echo,
-            seeds=arguments.seeds,
-            stop=arguments.stop or None,
-            continuing=True,
             streamer=streamer,
+            **_completion_options(arguments),
         )
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if arguments.json:
@@ -108,7 +100,9 @@ def complete(arguments: argparse.Namespace) -> int:
         else:
             write(answer["generation"])
         if arguments.sampling_logprobs:
-            write_table(answer["tokens"], {name: answer[name] for name in _SAMPLING if name in answer})
+            write_table(
+                answer["tokens"], {name: answer[name] for name in ("logprobs", *SAMPLING_LOGPROBS) if name in answer}
+            )
         if arguments.logprobs_of:
             names = [str(token) for token in arguments.logprobs_of]
             write_named(answer["tokens"], names, answer["logprobs_of"])
@@ -117,18 +111,7 @@ def complete(arguments: argparse.Namespace) -> int:
 
 def _stream(llama: Any, prompts: list[str], arguments: argparse.Namespace) -> int:
     """Print completions as their tokens come: one as text, or any number as JSON, a line for each event."""
-    events = llama.stream_completion(
-        prompts,
-        temperature=arguments.settings.temperature,
-        top_p=arguments.settings.top_p,
-        max_gen_len=arguments.max_gen_len,
-        logprobs=arguments.logprobs,
-        echo=arguments.echo,
-        seeds=arguments.seeds,
-        stop=arguments.stop or None,
-        continuing=True,
-    )
-    with contextlib.closing(events):
+    with contextlib.closing(llama.stream_completion(prompts, **_completion_options(arguments))) as events:
         for event in events:
             if arguments.json:
                 said = {name: value for name, value in event._asdict().items() if value is not None}
@@ -138,6 +121,20 @@ def _stream(llama: Any, prompts: list[str], arguments: argparse.Namespace) -> in
     if not arguments.json:
         write("")
     return 0
+
+
+def _completion_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the options that both ways of printing completions take."""
+    return {
+        "temperature": arguments.settings.temperature,
+        "top_p": arguments.settings.top_p,
+        "max_gen_len": arguments.max_gen_len,
+        "logprobs": arguments.logprobs,
+        "echo": arguments.echo,
+        "seeds": arguments.seeds,
+        "stop": arguments.stop or None,
+        "continuing": True,
+    }
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

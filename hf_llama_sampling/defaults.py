@@ -5,6 +5,9 @@ __version__ = "0.1.0"
 TEMPERATURE = 0.6
 TOP_P = 0.9
 
+# Of an output with `sampling_logprobs`, what stands beside `logprobs`, with one item per token.
+SAMPLING_LOGPROBS = ("temperature_logprobs", "sampled_logprobs", "nucleus_mass")
+
 # Batch runs
 SEED = 1
 BATCH_SIZE = 32  # rows

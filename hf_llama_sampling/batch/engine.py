@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from ..defaults import SAMPLING_LOGPROBS
 from ..llama.llama import Llama
 from ..text.stopping import StopStrings, TextOf
-from ..text.tokens import TokenSpeller
 from .ordering import cost
 from .requests import Request, Response, respond, respond_with_error
 from .settings import RunSettings
@@ -73,7 +73,7 @@ class Engine:
         )
         wanted = ["logprobs"] * (settings.logprobs or settings.sampling_logprobs)
         wanted += ["top_logprobs"] * (settings.top_logprobs > 0)
-        wanted += ["temperature_logprobs", "sampled_logprobs", "nucleus_mass"] * settings.sampling_logprobs
+        wanted += [*SAMPLING_LOGPROBS] * settings.sampling_logprobs
         responses = []
         for row, request in enumerate(batch):
             start = len(request.prompt) if settings.prompt_logprobs else 0
@@ -89,7 +89,7 @@ class Engine:
 
 def decoder_of(llama: Llama, request: Request) -> TextOf:
     """Return the decoder of a request's completion: as text after its prompt, or as a message if it is a dialog."""
-    return llama.text_of if request.is_dialog else TokenSpeller(llama.tokenizer).text_after(request.prompt)
+    return llama.text_of if request.is_dialog else llama.speller.text_after(request.prompt)
 
 
 def respond_with_tokens(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import check_int, check_temperature, check_top_p
+from ..defaults import SAMPLING_LOGPROBS
 from ..generation.model_info import vocab_size_of
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
@@ -36,7 +37,7 @@ IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", 
 RESPONSE_FIELDS = {
     *("id", "generation", "tokens", "finish_reason", "stop_reason", "seed", "logprobs", "top_logprobs"),
     *("prompt_tokens", "prompt_logprobs", "error", "line"),
-    *("logprobs_of", "temperature_logprobs", "sampled_logprobs", "nucleus_mass"),
+    *("logprobs_of", *SAMPLING_LOGPROBS),
 }
 # Settings of other samplers, with the values that ask for nothing. Any other value cannot be honoured.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

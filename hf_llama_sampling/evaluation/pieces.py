@@ -3,18 +3,13 @@
 What this module does not do: it decodes nothing itself; it is given a function that does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
+from ..text.stopping import TextOf
+from ..text.tokens import INCOMPLETE, byte_level
+
 _LONGEST = 32  # most tokens of a piece; a family emoji has 18 bytes
-
-# The characters that encode bytes in byte-level vocabularies: openai/gpt-2, src/encoder.py, `bytes_to_unicode`.
-_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(byte): byte for byte in _SHOWN}
-_BYTES |= {chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(0x100)) - set(_SHOWN)))}
-
-TextOf = Callable[[Sequence[int]], str]
 
 
 class Piece(NamedTuple):
@@ -40,7 +35,7 @@ def pieces_of(ids: Sequence[int], text_of: TextOf) -> list[Piece]:
     known = ""  # the text of the piece before, decoded alone
     for last in range(1, len(ids) + 1):
         text = text_of(ids[before:last])[len(known) :]
-        complete = text != "" and (not text.endswith(_INCOMPLETE) or whole.startswith(text, start))
+        complete = text != "" and (not text.endswith(INCOMPLETE) or whole.startswith(text, start))
         if complete or last == len(ids) or last - first == _LONGEST:
             pieces.append(Piece(text, start, first, last))
             start, before, first = start + len(text), first, last
@@ -54,7 +49,7 @@ def text_after(before: Sequence[int], token: int, text_of: TextOf, name: str) ->
     """Return the text that a token would add; if that is no whole character, its `name` or bytes in the vocabulary."""
     context = list(before[-1:])
     text = text_of([*context, token])[len(text_of(context)) :]
-    return _spell_bytes(name) if text == "" or _INCOMPLETE in text else text
+    return _spell_bytes(name) if text == "" or INCOMPLETE in text else text
 
 
 def _spell_bytes(name: str) -> str:
@@ -63,7 +58,8 @@ def _spell_bytes(name: str) -> str:
     >>> _spell_bytes("\u0120\u00e4\u00bd"), _spell_bytes("<0xE4>"), _spell_bytes("</s>")
     (' <0xE4><0xBD>', '<0xE4>', '</s>')
     """
-    if name.isascii() or not all(character in _BYTES for character in name):
+    known = byte_level()
+    if name.isascii() or not all(character in known for character in name):
         return name
-    found = [_BYTES[character] for character in name]
+    found = [known[character] for character in name]
     return "".join(chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in found)

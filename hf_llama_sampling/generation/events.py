@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..text.growing import GrowingText
 from ..text.stopping import Stop, StopStrings, TextOf
+from ..text.tokens import INCOMPLETE
 from .plan import Plan
 from .scoring import TopLogprobs
-
-_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character
 
 
 class TokenEvent(NamedTuple):
@@ -81,7 +80,7 @@ class _Row:
         released = (self.prompt if in_prompt else self.text).add(token, (token, scores))
         events = [self._event(token, scores, text) for (token, scores), text in released]
         if in_prompt and self.count == self.echoed:
-            self.left += self.prompt.end()[1].text.rstrip(_INCOMPLETE)
+            self.left += self.prompt.end()[1].text.rstrip(INCOMPLETE)
         return events
 
     def finish(self, reason: str) -> list[TokenEvent]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from ..generation.prompt_cache import PromptCache
 from ..sampling.settings import SamplingSettings
 from ..text.stopping import StopStrings
-from ..text.tokens import TokenSpeller
 from .dialog import UNSAFE_ERROR, Message, is_unsafe
 from .llama import ChatFormat, Llama
 from .streaming import TextStreamer
@@ -78,7 +77,7 @@ class Conversation:
             min(room, self.max_gen_len),
             self.settings.temperature,  # type: ignore[arg-type]
             self.settings.top_p,  # type: ignore[arg-type]
-            streamer=TextStreamer(self.llama.text_of, write, self.stops, TokenSpeller(self.llama.tokenizer).is_byte),
+            streamer=TextStreamer(self.llama.text_of, write, self.stops, self.llama.speller.is_byte),
             stopping_criteria=[self.stops.criterion([prompt], self.llama.text_of)] if self.stops else None,
             prompt_cache=self.prompt_cache,
         )

@@ -4,6 +4,7 @@ A script written for ``from llama import Llama, Dialog`` changes that one line. 
 looks at logits; `generation` does the work, and this turns text into token ids and back.
 """
 
+import functools
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checks import ReferenceAssertion, check_bool, check_choice, check_int, check_seeds
-from ..defaults import TEMPERATURE, TOP_P
+from ..defaults import SAMPLING_LOGPROBS, TEMPERATURE, TOP_P
 from ..generation.events import Decoders, TokenEvent
 from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from ..generation.outputs import LlamaGenerateOutput
@@ -545,13 +546,12 @@ class Llama:
             top_logprobs=top,
             **_given(stopping_criteria=_criteria(stops, ids, decoders)),
         )
-        speller = TokenSpeller(self.tokenizer)
         choices = []
-        for row, choice in enumerate(output.choices(speller)):
+        for row, choice in enumerate(output.choices(self.speller)):
             given = len(ids[row]) if echo else 0
             cut = stops.cut(row, choice.ids[given:], decoders[row])
             choices.append(choice.cut_at(given + cut.tokens, cut.dropped, cut.reason))
-        return completions(choices, speller, type(self.model).__name__)
+        return completions(choices, self.speller, type(self.model).__name__)
 
     def stream_chat(
         self,
@@ -595,7 +595,7 @@ class Llama:
         self._check_batch(ids)
         if stop is not None:
             StopStrings(stop, len(ids))
-        speller = TokenSpeller(self.tokenizer)
+        speller = self.speller
         options |= {
             "echo": echo,
             "max_seq_len": self.max_seq_len,
@@ -661,6 +661,11 @@ class Llama:
                 prediction |= {"tokens": token_pieces(row, self.tokenizer), "logprobs": scores[place]}
             predictions.append(prediction)
         return predictions
+
+    @functools.cached_property
+    def speller(self) -> TokenSpeller:
+        """The texts and bytes of this tokenizer's tokens, looked up once each."""
+        return TokenSpeller(self.tokenizer)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -781,8 +786,7 @@ class Llama:
         """Return each row's decoder of its completion."""
         if not continuing:
             return [self.text_of] * len(prompts)
-        speller = TokenSpeller(self.tokenizer)
-        return [speller.text_after(prompt) for prompt in prompts]
+        return [self.speller.text_after(prompt) for prompt in prompts]
 
     def _answer(
         self,
@@ -874,11 +878,7 @@ def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, boo
 def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
     """List the fields of a prediction that have one item per token."""
     sampling = flags["sampling_logprobs"]
-    return (
-        ["logprobs"] * (flags["logprobs"] or sampling)
-        + ["temperature_logprobs", "sampled_logprobs", "nucleus_mass"] * sampling
-        + ["logprobs_of"] * named
-    )
+    return ["logprobs"] * (flags["logprobs"] or sampling) + [*SAMPLING_LOGPROBS] * sampling + ["logprobs_of"] * named
 
 
 def _asked_beside(logprobs_of: LogprobsOf | None, sampling_logprobs: bool) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from .stopping import StopStrings
-
-_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
+from .tokens import INCOMPLETE
 
 Item = TypeVar("Item")
 
@@ -55,7 +54,7 @@ class GrowingText(Generic[Item]):
         self.ids.append(token)
         self.waiting.append(item)
         self.text = self.text_of(self.ids)
-        if not self.text.endswith(_INCOMPLETE) and not (self.is_byte and self.is_byte(token)):
+        if not self.text.endswith(INCOMPLETE) and not (self.is_byte and self.is_byte(token)):
             self._settle_waiting()
             self.known, self.whole = max(self.known, len(self.text)), len(self.ids)
         self.ends.append(self.known)
@@ -79,7 +78,7 @@ class GrowingText(Generic[Item]):
     def _settle_waiting(self) -> None:
         """Fix the text of earlier byte tokens, now that the next character is complete."""
         for place in range(max(self.whole, self.released), len(self.ids) - 1):
-            before = self.text_of(self.ids[: place + 1]).rstrip(_INCOMPLETE)
+            before = self.text_of(self.ids[: place + 1]).rstrip(INCOMPLETE)
             if self.text.startswith(before):
                 self.known = max(self.known, len(before))
             self.ends[place] = self.known

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from .tokens import INCOMPLETE
+
 Stop = str | Sequence[str] | Sequence[Sequence[str] | None]
-_INCOMPLETE = "\ufffd"  # decoded from bytes that do not make a character yet
 TextOf = Callable[[Sequence[int]], str]
 
 
@@ -62,7 +63,7 @@ class StopStrings:
         >>> [stops.settled(0, text) for text in ("y", "yo", "yol", "you")]
         [False, False, True, True]
         """
-        found, known = self.find(row, text), text.rstrip(_INCOMPLETE)
+        found, known = self.find(row, text), text.rstrip(INCOMPLETE)
         return found is not None and not any(
             _first_and_longest((len(known) - size, string)) < _first_and_longest(found)
             for string in self.by_row[row]

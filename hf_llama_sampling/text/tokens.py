@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-_INCOMPLETE = "\ufffd"  # decoded from bytes that make no character, or none yet
+INCOMPLETE = "\ufffd"  # decoded from bytes that make no character, or none yet
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -118,14 +118,14 @@ class TokenSpeller:
         places = reversed(range(len(prompt)))
         start = next((place for place in places if _begins_a_character(self.bytes_of(prompt[place]))), 0)
         context = list(prompt[start:])
-        known = len(self.text_of(context).rstrip(_INCOMPLETE))
+        known = len(self.text_of(context).rstrip(INCOMPLETE))
         return lambda ids: self.text_of([*context, *ids])[known:]
 
     def _by_prefixes(self, ids: Sequence[int], whole: str) -> TokenTexts:
         """Compute offsets by decoding every prefix, for decoders that do more than join the tokens' bytes."""
         offsets, so_far = [], 0
         for count in range(len(ids)):
-            text = self.text_of(ids[:count]).rstrip(_INCOMPLETE)
+            text = self.text_of(ids[:count]).rstrip(INCOMPLETE)
             if whole.startswith(text):
                 so_far = max(so_far, len(text))
             offsets.append(so_far)
@@ -136,11 +136,11 @@ class TokenSpeller:
         if _BYTE.fullmatch(piece) and self._decoded(token) != piece:
             return bytes([int(piece[3:5], 16)])
         text = self._decoded(token)
-        if _INCOMPLETE not in text:
+        if INCOMPLETE not in text:
             return text.encode()
-        byte_level = _byte_level()
-        if all(character in byte_level for character in piece):
-            return bytes(byte_level[character] for character in piece)
+        known = byte_level()
+        if all(character in known for character in piece):
+            return bytes(known[character] for character in piece)
         return text.encode()
 
     def _decoded(self, token: int) -> str:
@@ -178,7 +178,7 @@ def _begins_a_character(spelled: bytes) -> bool:
 
 
 @functools.cache
-def _byte_level() -> dict[str, int]:
+def byte_level() -> dict[str, int]:
     """Map the characters of byte-level vocabularies to their bytes (openai/gpt-2, ``encoder.py``)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

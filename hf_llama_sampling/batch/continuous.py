@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..generation.continuous import requests_in_flight
+from ..generation.continuous import requests_in_flight, wait_for_results
 from ..llama.llama import Llama
 from .engine import decoder_of, is_out_of_memory, respond_with_tokens
 from .requests import Refused, Request, Response
@@ -84,7 +84,7 @@ class ContinuousEngine:
         ) as manager:
             pending = sum(self._add(manager, request) for request in asked)
             while pending:
-                results = _finished(manager)
+                results = wait_for_results(manager)
                 pending -= len(results)
                 responses = [
                     self._response(left.pop(result.request_id), result) for result in results if result.error is None
@@ -133,20 +133,3 @@ class ContinuousEngine:
         beside = {"logprobs": result.logprobs[: len(tokens)]} if self.settings.logprobs else {}
         text_of = decoder_of(self.llama, request)
         return respond_with_tokens(request, tokens, text_of, "stop" if stopped else "length", beside)
-
-
-def _finished(manager: Any) -> list[Any]:
-    """Wait for one finished result, and return it with all others that are ready.
-
-    Raises:
-        RuntimeError: the manager's thread ended early.
-    """
-    results: list[Any] = []
-    while not results or not manager.output_router.output_queue.empty():
-        result = manager.get_result(timeout=1)
-        failure = manager.background_thread_status.fatal_error
-        if failure is not None or (result is None and not manager.is_running()):
-            raise RuntimeError(f"continuous batching failed: {failure or 'its thread ended'}") from failure
-        if result is not None:
-            results.append(result)
-    return results

@@ -440,12 +440,10 @@ def _collect(manager: "LlamaBatchingManager", ids: list[str], progress_bar: bool
     results: dict[str, Any] = {}
     with tqdm(total=sum(map(len, rows)), disable=not progress_bar, unit="request") as bar:
         while len(results) < sum(map(len, rows)):
-            result = manager.get_result(timeout=1)
-            if result is None and not manager.is_running():
-                _raise_failure(manager, "it ended early")
-            if result is not None and result.is_finished():
-                results[result.request_id] = result
-                bar.update(1)
+            for result in wait_for_results(manager):
+                if result.is_finished():
+                    results[result.request_id] = result
+                    bar.update(1)
     for row, names in enumerate(rows):
         for result in (results[name] for name in names):
             if getattr(result, "bad_logits", False):
@@ -453,6 +451,23 @@ def _collect(manager: "LlamaBatchingManager", ids: list[str], progress_bar: bool
             if result.error is not None:
                 _raise_failure(manager, result.error)
     return {name: results[name] for names in rows for name in names}
+
+
+def wait_for_results(manager: "LlamaBatchingManager") -> list[Any]:
+    """Wait for one result, and return it with all others that are ready.
+
+    Raises:
+        RuntimeError: the manager's thread ended early.
+    """
+    results: list[Any] = []
+    while not results or not manager.output_router.output_queue.empty():
+        result = manager.get_result(timeout=1)
+        failed = manager.background_thread_status.fatal_error is not None
+        if failed or (result is None and not manager.is_running()):
+            _raise_failure(manager, "its thread ended")
+        if result is not None:
+            results.append(result)
+    return results
 
 
 def _raise_failure(manager: "LlamaBatchingManager", reason: str) -> None:

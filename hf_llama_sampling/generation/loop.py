@@ -245,7 +245,7 @@ def run_loop(
         forget_longer_texts(model)
     if not plan.steps:
         return _without_steps(model, generate, plan, call)
-    ids, mask = plan.layout()
+    ids, mask = plan.layout
     state, stream = LoopState.before(plan), random_stream(plan)
     scorer, prompt_rows = None, None
     if plan.echo and plan.wants_scores:
@@ -286,7 +286,7 @@ def run_loop(
 
 def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
     """Finish a run with nothing to generate; score the prompts if the answer echoes them with scores."""
-    ids, _ = plan.layout()
+    ids, _ = plan.layout
     state = LoopState.before(plan)
     rows = _score_prompts(model, generate, plan, call) if plan.echo and plan.wants_scores else None
     stream_prompts(ids, call)
@@ -334,7 +334,7 @@ def _loop_arguments(
         "logits_processor": [SamplingProcessor(plan, state, stream, LogitEdits(model, plan, call))],
         "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call), call.events)],
         **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
-        **lay_out_beside_tokens(call.to_model, plan.layout()[1]),
+        **lay_out_beside_tokens(call.to_model, plan.layout[1]),
     }
 
 

@@ -209,8 +209,9 @@ class Plan:
         sampling = SamplingSettings(some(given.temperature), some(given.top_p), some(given.seeds), given.generator)
         return replace(self, sampling=sampling, **lists)
 
+    @cached_property
     def layout(self) -> tuple[Tensor, Tensor]:
-        """Lay out the columns to prefill: ids and mask, (B, start) each."""
+        """The columns to prefill: ids and mask, (B, start) each."""
         if self.padded:
             ids, mask = left_padded(self.prompts)
         else:

@@ -149,7 +149,7 @@ def unshifted_rows(model: Any, generate: Callable[..., Any], plan: Plan, model_k
     The reference then scores each token under the logits of its own column instead of the column before
     (facebookresearch/llama, ``llama/generation.py``, ``if min_prompt_len == total_len``).
     """
-    ids, mask = plan.layout()
+    ids, mask = plan.layout
     given = lay_out_beside_tokens(model_kwargs, mask)
     scorer = prefill_only(model, generate, ids, ids, plan.asked, plan.chunk_bytes, given)
     columns = scorer.scores(plan.offsets)

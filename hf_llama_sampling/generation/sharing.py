@@ -59,7 +59,7 @@ def share_prefill(
     known = [] if texts is None else texts.take(plan.prompts)
     if not leaves_cache(call):
         return None
-    ids, mask = plan.layout()
+    ids, mask = plan.layout
     first_rows, index = _unique_rows(ids, mask, plan.asked.named if scored else None)
     stage = _Stages(model, generate, plan, scored)
     shared = None

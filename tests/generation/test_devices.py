@@ -50,7 +50,7 @@ def test_the_step_and_the_stop_stay_on_the_device_and_never_wait(tiny_model, mon
         plan = dataclasses.replace(on_cpu, device=ELSEWHERE)
         state = LoopState.before(plan)
         step, stop = SamplingProcessor(plan, state, random_stream(plan), []), RowStoppingCriteria(plan, state, [])
-        ids, _ = plan.layout()
+        ids, _ = plan.layout
         for _ in range(plan.steps):
             scores = step(ids, torch.zeros(3, VOCAB, device=ELSEWHERE, dtype=torch.bfloat16))
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)

@@ -330,6 +330,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     if getattr(arguments, "seeds", None) is not None:
         seeds_as_given(arguments.seeds)
+    for name in ("logprobs_of", "sampling_logprobs") if getattr(arguments, "stream", False) else ():
+        if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--stream prints no more of a token than --logprobs, got {option}: drop one of the two")
     if not isinstance(getattr(arguments, "bos", None), bool | None):
         check_int("bos", arguments.bos, least=0)
     if "" in getattr(arguments, "stop", []):

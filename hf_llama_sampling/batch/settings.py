@@ -92,6 +92,8 @@ class RunSettings:
         object.__setattr__(self, "stop", check_strings(self.stop))
         if self.score and (self.logprobs or self.sampling_logprobs):
             raise ValueError("scoring generates nothing that could have logprobs: the prompt's are always returned")
+        if self.score and self.stop:
+            raise ValueError("scoring generates nothing that a stop string could end: leave stop out")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings in effect for the manifest, under the names of `run`'s arguments."""

@@ -60,6 +60,11 @@ class TokenSpeller:
         wrapped: Any = getattr(tokenizer, "tokenizer", None)
         self.tokenizer: Any = wrapped if hasattr(wrapped, "convert_ids_to_tokens") else tokenizer
         self.of_transformers = hasattr(self.tokenizer, "convert_ids_to_tokens")
+        if not (self.of_transformers or (hasattr(tokenizer, "n_words") and hasattr(tokenizer, "decode"))):
+            raise TypeError(
+                "tokenizer must be one of transformers, or have the five members of Meta's, got "
+                f"{type(tokenizer).__name__}: pass the model's tokenizer"
+            )
         self.size = len(self.tokenizer) if self.of_transformers else int(self.tokenizer.n_words)
         self._known: dict[int, bytes] = {}
         self._anchor: tuple[list[int], str] | None = None

@@ -150,6 +150,23 @@ def tiny_model():
     return LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
 
 
+@pytest.fixture(autouse=True)
+def shared_model_stays_as_it_is(request):
+    """Fail the test that changes the shared model, not the one that comes after it on its worker."""
+    if "tiny_model" not in request.fixturenames:
+        yield
+        return
+    model = request.getfixturevalue("tiny_model")
+
+    def state():
+        attention = model.config._attn_implementation
+        return model.config.to_dict(), model.generation_config.to_dict(), model.training, attention
+
+    before = state()
+    yield
+    assert state() == before
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """The bundled model's tokenizer, as transformers loads it."""

@@ -341,7 +341,6 @@ def _kept_manager(model: Any, kept: Any, module: Any, config: Any, settings: Any
             "the model keeps a manager of an earlier call with another continuous_batching_config, logprobs or "
             "num_return_sequences: call model.destroy_cached_continuous_batching_manager() first"
         )
-    kept.switch_to_cb_friendly_attn(model, kept.continuous_batching_config.auto_switch_to_flash)
     kept.settings = settings
     return kept  # type: ignore[no-any-return]
 

@@ -5,11 +5,12 @@ imports it only when called. What this module does not do: it schedules nothing 
 settings of a call.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,40 +58,66 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self, model: Any, config: ContinuousBatchingConfig, hints: Any, settings: ManagerSettings, *, asked: Any = None
     ) -> None:
         self.asked = asked  # the config as the caller gave it
-        self._was_training = model.training
+        self._was_training = False  # before `start`
         own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len)
         own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
         config = copy.copy(config)
         config.return_logprobs = True  # also needed to report logits with nan or inf
-        self._attention = model.config._attn_implementation
+        was_training, attention = model.training, model.config._attn_implementation
         try:
             super().__init__(model, own, config, hints)
-        except BaseException:
-            self._restore(model)
-            raise
+        finally:  # transformers switches both already here; a manager that never starts would leave them so
+            model.train(was_training)
+            if model.config._attn_implementation != attention:
+                model.set_attn_implementation(attention)
+        self._original_attn_impl = None
         self.settings = settings
         self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
         self.output_router = _Router(self._finish)
         self._in_flight: set[str] = set()
 
-    def _restore(self, model: Any) -> None:
-        """Restore the model's mode and attention."""
-        model.train(self._was_training)
-        if model.config._attn_implementation != self._attention:
-            model.set_attn_implementation(self._attention)
+    @contextlib.contextmanager
+    def _paged_attention(self, *, keep: bool = False) -> Iterator[None]:
+        """Switch the model to attention that reads pages; restore it after an error, and at the end unless `keep`."""
+        already = self._original_attn_impl is not None
+        self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if self._original_attn_impl is not None and not already and not (keep and done):
+                self.model.set_attn_implementation(self._original_attn_impl)
+                self._original_attn_impl = None
+
+    def warmup(self) -> None:
+        """Capture CUDA graphs (transformers)."""
+        with self._paged_attention():
+            super().warmup()
 
     def start(self) -> None:
         """Start the thread that generates. Make the cache here, so that its errors are raised here."""
-        if not self.is_running():
-            self._was_training |= self.model.training
-            forget_longer_texts(self.model.eval())
-            self.batch_processor = self._create_batch_processor()
-        super().start()
+        if self.is_running():
+            super().start()
+            return
+        self._was_training |= self.model.training
+        try:
+            with self._paged_attention(keep=True):
+                forget_longer_texts(self.model.eval())
+                self.batch_processor = self._create_batch_processor()
+                super().start()
+        except BaseException:
+            self._restore_mode()
+            raise
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """Stop the thread (transformers' arguments), and restore the model's training mode."""
         super().stop(*args, **kwargs)
-        self.model.train(self._was_training)
+        self._restore_mode()
+
+    def _restore_mode(self) -> None:
+        if self._was_training:
+            self.model.train()
         self._was_training = False
 
     def add_request(
@@ -195,15 +222,15 @@ class LlamaBatchingManager(ContinuousBatchingManager):
     def answers_at_once(self, prompts: list[list[int]]) -> list[GenerationOutput]:
         """Run some requests with the manager's settings in this thread, without `start` and `stop`."""
         try:
-            processor = self._processor()
-            names = self.add_rows(prompts, [{"seed": 0}] * len(prompts))
-            while processor.prepare_next_batch():
-                processor._generation_step(self.model)
-                processor.update_batch()
-            results = {result.request_id: result for result in list(self.output_router.output_queue.queue)}
-            return [results[name] for name in names]
+            with self._paged_attention():
+                processor = self._processor()
+                names = self.add_rows(prompts, [{"seed": 0}] * len(prompts))
+                while processor.prepare_next_batch():
+                    processor._generation_step(self.model)
+                    processor.update_batch()
+                results = {result.request_id: result for result in list(self.output_router.output_queue.queue)}
+                return [results[name] for name in names]
         finally:
-            self._restore(self.model)
             self.batch_processor = None
 
     def cancel_request(self, request_id: str) -> None:
@@ -321,7 +348,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             return super()._create_batch_processor()
         device, offload = self.model.device, self.continuous_batching_config.cpu_offload_space
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self._paged_attention():
                 processor = super()._create_batch_processor()
         except RuntimeError as error:
             if offload and "pin_memory" in str(error):

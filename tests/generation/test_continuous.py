@@ -252,6 +252,31 @@ def test_the_model_is_left_as_it_was():
     assert "_cached_continuous_batching_manager" not in vars(model)
 
 
+def test_a_manager_that_does_not_run_leaves_the_model_as_it_is():
+    """Made, asked, or failed to start: `generate` works beside it. Pages are read only between start and stop."""
+    model = with_llama_generation(
+        transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+    )
+    expected = model.eval().generate([SHORT], max_gen_len=3, seeds=1).tokens
+    model.train()
+    manager = model.init_continuous_batching(max_gen_len=3)
+    manager.add_request(SHORT, "first", seed=1)
+    assert model.training and model.generate([SHORT], max_gen_len=3, seeds=1).tokens == expected
+    manager.stop()
+    assert model.training and model.config._attn_implementation == "eager"
+    for _ in range(2):
+        manager.start()
+        assert not model.training and model.config._attn_implementation == "paged|eager"
+        manager.stop()
+        assert model.training and model.config._attn_implementation == "eager"
+    assert manager.get_result("first").generated_tokens == expected[0]
+    failing = model.init_continuous_batching(max_gen_len=3)
+    failing._create_batch_processor = lambda: [][0]
+    with pytest.raises(IndexError):
+        failing.start()
+    assert model.training and model.config._attn_implementation == "eager"
+
+
 def test_a_manager_can_be_kept(tiny_model):
     """With other settings in each call; what it was made for cannot change."""
     asked = {"max_gen_len": 5, "persistent_manager": True}

@@ -111,7 +111,7 @@ KNOWN = {"position_ids", "output_attentions", "output_hidden_states", "return_di
 @pytest.mark.parametrize("kind", [NoCache, NeedsMore, AllLogits])
 def test_forwards_of_other_kinds_give_the_same_tokens_and_outputs(tiny_model, kind):
     """Tokens and extra outputs with echo and logprobs are those without, for one length and for many."""
-    model = kind(tiny_model.config).eval()
+    model = kind(copy.deepcopy(tiny_model.config)).eval()
     model.load_state_dict(tiny_model.state_dict())
     model.set_attn_implementation("eager")
     extra = {"output_attentions": True, "output_hidden_states": True, "output_logits": True}

@@ -463,6 +463,12 @@ def _add_score(commands: Any) -> None:
         metavar="N",
         help="how far the window of --max-seq-len tokens moves over a longer text (default: half of it)",
     )
+    _bos_option(sub, "BOS, or EOS where there is none")
+    _model_options(sub, compat=False)
+    sub.set_defaults(seed=1)
+
+
+def _bos_option(sub: Any, default: str) -> None:
     sub.add_argument(
         "--bos",
         nargs="?",
@@ -470,10 +476,8 @@ def _add_score(commands: Any) -> None:
         const=True,
         metavar="ID",
         help="the token before each text, so that its first one is scored: an id, or none; without a value the "
-        "tokenizer's BOS (default: BOS, or EOS where there is none)",
+        f"tokenizer's BOS (default: {default})",
     )
-    _model_options(sub, compat=False)
-    sub.set_defaults(seed=1)
 
 
 def _bos(text: str) -> int | bool:
@@ -606,12 +610,7 @@ def _batch_options(sub: argparse.ArgumentParser) -> None:
     """The options of `batch` that are neither the model's nor the draw's."""
     sub.add_argument("input", metavar="IN.jsonl", help='records, one JSON object a line; "-" for standard input')
     sub.add_argument("output", metavar="OUT.jsonl", help='answers, in the input\'s order; "-" for standard output')
-    group = sub.add_argument_group("answers")
-    group.add_argument("--score", action="store_true", help="generate nothing, return the prompts' log-probabilities")
-    group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
-    group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
-    group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
-    _logprobs_options(group, "return")
+    _batch_answer_options(sub)
     group = sub.add_argument_group("fields")
     group.add_argument(
         "--prompt-field", metavar="NAME", help="the field with the prompt (default: prompt, prompt_tokens or messages)"
@@ -652,3 +651,21 @@ def _batch_options(sub: argparse.ArgumentParser) -> None:
         help="an output that is there already: check takes it up if input and settings are the same and else refuses, "
         "reuse keeps the answers of unchanged records, restart makes all anew (default: %(default)s)",
     )
+
+
+def _batch_answer_options(sub: argparse.ArgumentParser) -> None:
+    """The options that say what an answer of `batch` holds."""
+    group = sub.add_argument_group("answers")
+    group.add_argument("--score", action="store_true", help="generate nothing, return the prompts' log-probabilities")
+    group.add_argument("--logprobs", action="store_true", help="return the tokens' log-probabilities")
+    group.add_argument("--prompt-logprobs", action="store_true", help="return the prompts' log-probabilities too")
+    group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
+    _logprobs_options(group, "return")
+    group = sub.add_argument_group("scores (with --score)")
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="how far the window of --max-seq-len tokens moves over a longer text (default: such records are errors)",
+    )
+    _bos_option(group, "a text's BOS is its first token, which is not scored")

@@ -39,17 +39,38 @@ class Engine:
         return self._score(batch) if self.settings.score else self._generate(batch)
 
     def _score(self, batch: Sequence[Request]) -> list[Response]:
-        top, prompts = self.settings.top_logprobs, [request.prompt for request in batch]
-        scored = self.llama.model.score_tokens(prompts, top_logprobs=top, logprobs_of=_named(batch))
-        responses = []
+        alike: dict[tuple[Any, ...], list[int]] = {}  # rows that one call can score
         for row, request in enumerate(batch):
-            fields = {"prompt_tokens": request.prompt, "prompt_logprobs": scored.logprobs[row]}
+            alike.setdefault((request.stride, request.bos, request.start > 0), []).append(row)
+        responses: dict[int, Response] = {}
+        for rows in alike.values():
+            responses |= zip(rows, self._score_alike([batch[row] for row in rows]), strict=True)
+        return [responses[row] for row in range(len(batch))]
+
+    def _score_alike(self, batch: Sequence[Request]) -> Iterator[Response]:
+        """Score requests with BOS and stride in common, that begin all at their first token or all at a later one."""
+        top, first = self.settings.top_logprobs, batch[0]
+        scored = self.llama.model.score_tokens(
+            [request.prompt for request in batch],
+            top_logprobs=top,
+            logprobs_of=_named(batch),
+            start=[request.start for request in batch] if first.start else None,
+            max_seq_len=self.llama.max_seq_len,
+            stride=first.stride,
+            bos=first.bos,
+        )
+        for row, request in enumerate(batch):
+            fields = {
+                "prompt_tokens": request.prompt,
+                "prompt_logprobs": scored.logprobs[row],
+                "total": scored.totals[row],
+                "count": scored.counts[row],
+            }
             if top:
                 fields["top_logprobs"] = scored.top_logprobs[row]
             if request.named:
                 fields["logprobs_of"] = scored.logprobs_of[row]
-            responses.append(respond(request, fields, len(request.prompt)))
-        return responses
+            yield respond(request, fields, len(request.prompt))
 
     def _generate(self, batch: Sequence[Request]) -> list[Response]:
         settings = self.settings

@@ -15,12 +15,14 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import check_int, check_temperature, check_top_p
+from ..checks import check_int, check_temperature, check_top_p, first_not_none
 from ..defaults import SAMPLING_LOGPROBS
 from ..generation.model_info import vocab_size_of
+from ..generation.windows import check_stride
 from ..llama.dialog import UNSAFE_ERROR, is_unsafe
 from ..llama.llama import Llama
 from ..llama.named_tokens import token_id
+from ..llama.tokenizer import id_before
 from ..text.stopping import check_strings
 from .jsonl import TOO_DEEP, Field, canonical, canonical_record, find_value, read_object, read_record
 from .settings import FieldNames, RunSettings, check_seed
@@ -31,6 +33,7 @@ PROMPTS = ("prompt", "prompt_tokens", "messages")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens", "max_completion_tokens")
 STOPS = ("stop", "stop_strings", "stop_sequences")
 SETTINGS = ("temperature", "top_p", *LIMITS, *STOPS, "seed", "logprobs_of")
+SCORING = ("start", "stride", "bos")  # settings of a run that scores; data in any other
 OUTPUTS = (*STOPS, "logprobs_of")  # settings that say what of an answer to return, and change no draw
 IDS = ("id", "task_id", "custom_id", "request_id", "question_id", "example_id", "uid", "uuid", "_id")
 # Fields of a response: a kept field may not have one of these names.
@@ -39,6 +42,7 @@ RESPONSE_FIELDS = {
     *("prompt_tokens", "prompt_logprobs", "error", "line"),
     *("logprobs_of", *SAMPLING_LOGPROBS),
 }
+SCORE_FIELDS = {"total", "count"}  # further ones of a run that scores
 # Settings of other samplers, with the values that ask for nothing. Any other value cannot be honoured.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("n", "best_of", "num_beams", "num_return_sequences"), (1,)),
@@ -66,7 +70,8 @@ class Request:
 
     `index` counts the input's lines from 0; `id` and `kept` (fields to copy) are JSON text; `limit` is the most new
     tokens that fit; `named` are the ids to score, and `stop` the strings that end the answer, which is a message if
-    `is_dialog`.
+    `is_dialog`. Of a prompt that is scored, `start` is the first position asked for, `stride` moves a window over it if
+    it is longer than one, and `bos` is the id before it.
     """
 
     index: int
@@ -80,6 +85,9 @@ class Request:
     named: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     is_dialog: bool = False
+    start: int = 0
+    stride: int | None = None
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,9 @@ class RecordReader:
         self.names: FieldNames = settings.fields
         self.prompt_names = PROMPTS if self.names.prompt is None else (self.names.prompt,)
         self.id_names = IDS if self.names.id is None else (self.names.id,)
-        self.used = frozenset({*self.prompt_names, *SETTINGS} - {self.names.id})
+        scoring = [name for name in SCORING if settings.score and name not in self.prompt_names]
+        self.setting_names = (*SETTINGS, *scoring)
+        self.used = frozenset({*self.prompt_names, *self.setting_names} - {self.names.id})
         self.unused: set[str] = set()
 
     def request(self, index: int, line: bytes, repeat: int) -> Request | Response:
@@ -167,10 +177,10 @@ class RecordReader:
     def _request(self, index: int, record: dict[str, Field], repeat: int) -> Request:
         self._check_names(record)
         values = {name: self._value(name, field) for name, field in record.items() if name in self.used}
-        prompt = self._prompt(values)
+        bos = self._bos(values)
+        prompt = self._prompt(values, bare=bos is not None)
         most = self.llama.max_seq_len
-        if len(prompt) > most:
-            raise ValueError(f"a prompt must fit max_seq_len of {most} tokens, got {len(prompt)}: shorten or split it")
+        stride = self._stride(values, len(prompt), bos)
         limit, seed = self._limit(values), values.get("seed")
         if seed is None:
             # 53 bits, which every JSON reader preserves.
@@ -188,6 +198,9 @@ class RecordReader:
             named=self._named(values),
             stop=self._stop(values),
             is_dialog=self._is_dialog(values),
+            start=check_int("start", self._of_scoring("start", values) or 0, least=0, most=len(prompt)),
+            stride=stride,
+            bos=None if bos is False else bos,
         )
 
     def _value(self, name: str, field: Field) -> Any:
@@ -210,7 +223,7 @@ class RecordReader:
                     f"a record has no field {name!r} here, which asks for what this run does not do: drop it, or name "
                     f"it in keep_fields (--keep-field {name}) if it is data"
                 )
-            meant = _misspelled(name)
+            meant = _misspelled(name, self.setting_names)
             if meant is not None:
                 raise ValueError(
                     f"a record has no field {name!r}, did you mean {meant!r}? Otherwise drop it, or name it in "
@@ -226,7 +239,7 @@ class RecordReader:
         else:
             names = [name for name in record if name in keep]
         for name in names:
-            if name in RESPONSE_FIELDS:
+            if name in RESPONSE_FIELDS or (self.settings.score and name in SCORE_FIELDS):
                 raise ValueError(
                     f"a kept field must not be named like one of the response, and {name!r} is: rename it, or name in "
                     "keep_fields (--keep-field) only those to keep"
@@ -248,9 +261,33 @@ class RecordReader:
         given = values.get("logprobs_of")
         return self.settings.logprobs_of if given is None else named_in_vocabulary(given, self.llama)
 
+    def _of_scoring(self, name: str, values: dict[str, Any]) -> Any:
+        return values.get(name) if name in self.setting_names else None
+
+    def _bos(self, values: dict[str, Any]) -> int | None:
+        """Return the id before a scored text, the record's own or the run's; see `RunSettings`."""
+        given = self._of_scoring("bos", values)
+        return self.settings.bos if given is None else bos_in_vocabulary(given, self.llama)
+
+    def _stride(self, values: dict[str, Any], length: int, bos: int | None) -> int | None:
+        """Return the stride of a prompt that is longer than a window; refuse a longer one without a stride."""
+        most = self.llama.max_seq_len
+        stride = check_stride(first_not_none(self._of_scoring("stride", values), self.settings.stride), most)
+        put = bos is not None and bos is not False
+        if length + put <= most:
+            return None
+        if stride is None:
+            way_out = ", or slide a window over it with stride (--stride)" * self.settings.score
+            raise ValueError(
+                f"a prompt must fit max_seq_len of {most} tokens, got {length}{' and its BOS' * put}: shorten or split "
+                f"it{way_out}"
+            )
+        return stride
+
     # Prompts
 
-    def _prompt(self, values: dict[str, Any]) -> list[int]:
+    def _prompt(self, values: dict[str, Any], *, bare: bool) -> list[int]:
+        """Encode a prompt; a `bare` text or dialog without the tokenizer's BOS."""
         given = [name for name in self.prompt_names if name in values]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -259,22 +296,22 @@ class RecordReader:
             raise ValueError(f"a record must hold {wanted}, got {found}")
         name, value = given[0], values[given[0]]
         if self._is_dialog(values):
-            return self._dialog_tokens(name, value)
+            return self._dialog_tokens(name, value, bare=bare)
         if name == "prompt_tokens" or _is_list_of(value, int):
             return self._checked_tokens(name, value)
-        return self._text_tokens(name, value)
+        return self._text_tokens(name, value, bare=bare)
 
     def _is_dialog(self, values: dict[str, Any]) -> bool:
         name = next(name for name in self.prompt_names if name in values)
         return name == "messages" or (name != "prompt_tokens" and _is_list_of(values[name], dict))
 
-    def _text_tokens(self, name: str, text: Any) -> list[int]:
+    def _text_tokens(self, name: str, text: Any, *, bare: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a text, got {type(text).__name__}: token ids go into prompt_tokens")
         if not text:
             raise ValueError(f"{name} must not be empty: to start from nothing, give the BOS in prompt_tokens")
         tokenizer = self.llama.tokenizer
-        ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0, eos=False)
+        ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0 and not bare, eos=False)
         if not ids:
             raise ValueError(f"{name} must hold at least one token, and this tokenizer makes none of {text!r}")
         return self._embedded(name, ids)
@@ -287,13 +324,16 @@ class RecordReader:
         most = self.vocab_size - 1
         return [check_int("a token id", token, least=0, most=most, where=f" at {i}") for i, token in enumerate(ids)]
 
-    def _dialog_tokens(self, name: str, dialog: Any) -> list[int]:
+    def _dialog_tokens(self, name: str, dialog: Any, *, bare: bool) -> list[int]:
         if not isinstance(dialog, list) or not dialog or not all(isinstance(message, dict) for message in dialog):
             raise ValueError(f'{name} must be a list such as [{{"role": "user", "content": "..."}}]')
         dialog = _with_plain_contents(dialog)
         if not self.llama.has_chat_template and is_unsafe(dialog):
             raise ValueError(UNSAFE_ERROR)
-        return self._embedded(name, self.llama.encode_dialog(dialog))
+        ids = self.llama.encode_dialog(dialog)
+        if bare and ids[:1] == [self.llama.tokenizer.bos_id]:
+            ids = ids[1:]
+        return self._embedded(name, ids)
 
     def _embedded(self, name: str, ids: list[int]) -> list[int]:
         """Check a text's ids: tokens that were added to the tokenizer may be unknown to the model."""
@@ -312,6 +352,12 @@ def named_in_vocabulary(given: Any, llama: Llama) -> tuple[int, ...]:
         raise TypeError(f"logprobs_of must be a list of token ids or texts of one token, got {given!r}")
     most = vocab_size_of(llama.model) - 1
     return tuple(check_int("logprobs_of", token_id(one, llama.tokenizer), least=0, most=most) for one in given)
+
+
+def bos_in_vocabulary(given: Any, llama: Llama) -> int:
+    """Convert `bos` of scoring to an id, or False for none."""
+    token = id_before(llama.tokenizer, given)
+    return False if token is None else check_int("bos", token, least=0, most=vocab_size_of(llama.model) - 1)
 
 
 def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:
@@ -345,10 +391,10 @@ def _one_of_aliases(given: dict[str, Any], values: set[Value], default: Value) -
     return values.pop() if values else default
 
 
-def _misspelled(name: str) -> str | None:
+def _misspelled(name: str, names: Sequence[str]) -> str | None:
     """Guess the setting that a name means, or None: a mistyped setting must not be taken for data."""
     plain = name.lower().replace("-", "").replace("_", "")
-    settings = {setting.replace("_", ""): setting for setting in SETTINGS}
+    settings = {setting.replace("_", ""): setting for setting in names}
     long = [setting for setting in settings if len(setting) > 6]
     close = [plain] if plain in settings else difflib.get_close_matches(plain, long, n=1, cutoff=0.88)
     return settings[close[0]] if close else None

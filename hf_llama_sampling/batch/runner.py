@@ -24,6 +24,7 @@ from ..checks import check_bool, check_choice, check_int
 from ..console import say
 from ..defaults import BATCH_SIZE, BATCH_TOKENS, SEED, TEMPERATURE, TOP_P, WINDOW
 from ..generation.model_info import vocab_size_of
+from ..generation.windows import check_stride
 from ..llama.llama import Llama
 from ..sampling.settings import SamplingSettings
 from .continuous import ContinuousEngine
@@ -32,7 +33,7 @@ from .fingerprint import fingerprint
 from .ordering import batches, cost
 from .output import Progress, ReorderBuffer, standard_bytes
 from .processes import LeastLoaded, on_main, process_state, wait_for_all
-from .requests import InputIndex, RecordReader, Refused, Request, Response, named_in_vocabulary
+from .requests import InputIndex, RecordReader, Refused, Request, Response, bos_in_vocabulary, named_in_vocabulary
 from .settings import BatchLimits, FieldNames, RunSettings
 from .shards import Shard
 from .store import Existing, RunDirectory, Summary, describe_changes
@@ -59,6 +60,8 @@ def run(
     logprobs_of: Sequence[int | str] | None = None,
     sampling_logprobs: bool = False,
     stop: str | Sequence[str] = (),
+    stride: int | None = None,
+    bos: int | bool | None = None,
     prompt_field: str | None = None,
     id_field: str | None = None,
     keep_fields: bool | Sequence[str] = False,
@@ -103,8 +106,9 @@ def run(
         llama: the model and its tokenizer. Quirks of the reference (`compat`) are mended here whatever it says.
         input, output: paths, or `"-"` for standard streams, which belong to one process; an output that is a stream
             cannot be taken up again.
-        score: generate nothing; answers hold `id`, `prompt_tokens`, `prompt_logprobs` and, on request, `top_logprobs`,
-            and settings of the draw play no part.
+        score: generate nothing; answers hold `id`, `prompt_tokens`, `prompt_logprobs`, the `total` and the `count` of
+            the scored tokens, and, on request, `top_logprobs` and `logprobs_of`; settings of the draw play no part.
+            Records may then hold `start`, `stride` and `bos` of their own, as `score_tokens` has them.
         temperature, top_p, max_gen_len: for records without their own; `max_gen_len` None means `max_seq_len - 1`.
         seed: the run's.
         logprobs: whether to return each token's raw logprob.
@@ -115,6 +119,11 @@ def run(
         sampling_logprobs: whether to return the `logprobs`, the `temperature_logprobs`, the `sampled_logprobs` (after
             the nucleus) and the `nucleus_mass` of each token.
         stop: a string or several that end an answer, for records without their own.
+        stride: with `score`, a prompt that is longer than `max_seq_len` is scored in windows, each so many tokens after
+            the one before, by the rules of `score_tokens`. If not given, such records become errors.
+        bos: with `score`, the token before each prompt, so that its first token is scored too: an id, True for the
+            tokenizer's BOS, False for none. It takes the place of the BOS of a text or a dialog, and is no part of the
+            answer. If not given, a text's BOS is its first token, which is not scored.
         prompt_field: the field that holds the prompt (a text, a list of ids, or messages), if none of the three above.
         id_field: the field that holds the id, if none of the usual.
         keep_fields: names of fields to copy into the answers as they are spelled, or True for all that no rule names.
@@ -154,17 +163,23 @@ def run(
         logprobs_of=() if logprobs_of is None else named_in_vocabulary(logprobs_of, llama),
         sampling_logprobs=sampling_logprobs,
         stop=stop,  # type: ignore[arg-type]  # becomes a tuple
+        stride=check_stride(stride, llama.max_seq_len),
+        bos=None if bos is None else bos_in_vocabulary(bos, llama),
         fields=FieldNames(prompt_field, id_field, keep_fields),  # type: ignore[arg-type]  # a list becomes a tuple
     )
     check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(llama.model))
     limits = BatchLimits(_rows(llama, batch_size), batch_tokens, window)
     job = Job(llama, settings, limits, check_bool("strict", strict), process_state(), engine)
+    summary = _run(job, input, output, existing)
+    return summary._replace(seconds=time.monotonic() - start)
+
+
+def _run(job: "Job", input: str | os.PathLike[str], output: str | os.PathLike[str], existing: Existing) -> Summary:
     job.check(input, output)
     directory = None if str(output) == STREAM else RunDirectory(output)
     with _open_input(input, directory) as file:
         worker = Worker(job, file)
-        summary = _to_stream(worker) if directory is None else _to_file(worker, directory, existing)
-    return summary._replace(seconds=time.monotonic() - start)
+        return _to_stream(worker) if directory is None else _to_file(worker, directory, existing)
 
 
 def _check_arguments(llama: object, *, existing: str, engine: str, **paths: object) -> None:
@@ -471,6 +486,8 @@ def _run_with(
         logprobs_of=arguments.logprobs_of,
         sampling_logprobs=arguments.sampling_logprobs,
         stop=arguments.stop,
+        stride=arguments.stride,
+        bos=arguments.bos,
         prompt_field=arguments.prompt_field,
         id_field=arguments.id_field,
         keep_fields=arguments.keep_field or arguments.keep_fields,

@@ -61,6 +61,9 @@ class RunSettings:
         logprobs_of: ids to return with logprob and rank at each position, for records without their own.
         sampling_logprobs: whether to return logprobs after temperature and after the nucleus, with its mass.
         stop: strings that end an answer, of records without their own.
+        stride: how far a window moves over a scored text longer than `max_seq_len`; None to refuse such texts.
+        bos: the id before each scored text, for records without their own; False for none. None for prompts as they are
+            when generating, where a text's first token is the tokenizer's BOS.
         fields: see `FieldNames`.
 
     Raises:
@@ -77,6 +80,8 @@ class RunSettings:
     logprobs_of: tuple[int, ...] = ()
     sampling_logprobs: bool = False
     stop: tuple[str, ...] = ()
+    stride: int | None = None
+    bos: int | bool | None = None
     fields: FieldNames = field(default_factory=FieldNames)
 
     def __post_init__(self) -> None:
@@ -94,6 +99,9 @@ class RunSettings:
             raise ValueError("scoring generates nothing that could have logprobs: the prompt's are always returned")
         if self.score and self.stop:
             raise ValueError("scoring generates nothing that a stop string could end: leave stop out")
+        for name in ("stride", "bos"):
+            if getattr(self, name) is not None and not self.score:
+                raise ValueError(f"{name} is of scoring, and this run generates: add score (--score), or leave it out")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings in effect for the manifest, under the names of `run`'s arguments."""
@@ -107,7 +115,9 @@ class RunSettings:
         if self.logprobs_of:
             common["logprobs_of"] = [*self.logprobs_of]
         if self.score:
-            return common
+            # In JSON's values False and the id 0 would be equal.
+            bos = {} if self.bos is None else {"bos": "none" if self.bos is False else self.bos}
+            return {**common, **bos, **({} if self.stride is None else {"stride": self.stride})}
         return {
             **common,
             "temperature": self.draw.temperature,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..llama.infilling import token_pieces
 from ..llama.llama import Llama
+from ..llama.tokenizer import id_before
 from .pieces import Piece, pieces_of, text_after
 
 Bos = int | bool | None
@@ -193,11 +194,7 @@ def first_context(llama: Llama, bos: Bos) -> int | None:
     own, eos = llama.tokenizer.bos_id, llama.tokenizer.eos_id
     if bos is None:
         return next((token for token in (own, eos) if token >= 0), None)
-    if bos is True and own < 0:
-        raise ValueError("bos asks for the tokenizer's BOS, and this one has none: name an id, or none")
-    if bos is True:
-        return own
-    return None if bos is False else int(bos)
+    return id_before(llama.tokenizer, bos)
 
 
 def score_texts(

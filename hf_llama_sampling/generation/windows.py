@@ -69,7 +69,7 @@ def tokens_scored(
     """Implement `LlamaGenerationMixin.score_tokens`; `rows` are lists of ids, `named` the ids to score in each."""
     starts = _check_starts(start, rows)
     size = check_max_seq_len(model, max_seq_len)
-    stride = _check_stride(stride, size)
+    stride = check_stride(stride, size)
     before = bos_id(model, bos)
     given = 0 if before is None else 1
     texts = rows if before is None else [[before, *row] for row in rows]
@@ -137,7 +137,7 @@ def _check_starts(start: Any, rows: list[list[int]]) -> list[int]:
     ]
 
 
-def _check_stride(stride: Any, size: int | None) -> int | None:
+def check_stride(stride: Any, size: int | None) -> int | None:
     """Check stride < size, so that every scored token has context."""
     if stride is None:
         return None

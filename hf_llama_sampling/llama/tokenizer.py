@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex, overlo
 
 from sentencepiece import SentencePieceProcessor
 
-from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool
+from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool, check_int
 from .control_tokens import ControlTokens, warn_of_template_text
 from .dialog import Message, dialog_turns
 from .infilling import continuing_text, continuing_tokens, find_infilling_ids, token_pieces
@@ -45,6 +45,19 @@ class TokenizerLike(Protocol):
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+
+def id_before(tokenizer: TokenizerLike, bos: int | bool) -> int | None:
+    """Read which id to put before a text that is scored: an id, True for the tokenizer's BOS, False for none.
+
+    Raises:
+        ValueError: `True`, and the tokenizer has no BOS.
+    """
+    if bos is True and tokenizer.bos_id < 0:
+        raise ValueError("bos asks for the tokenizer's BOS, and this one has none: name an id, or none")
+    if bos is True:
+        return tokenizer.bos_id
+    return None if bos is False else check_int("bos", bos, least=0)
 
 
 class Tokenizer:

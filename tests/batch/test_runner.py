@@ -133,7 +133,7 @@ def test_scoring_generates_nothing(llama, tmp_path):
     records = [{"prompt_tokens": text, "temperature": 2, "max_gen_len": 3} for text in texts]
     answers = ask_all(llama, tmp_path, records, score=True, top_logprobs=1, max_gen_len=None)
     for text, answer in zip(texts, answers, strict=True):
-        assert answer.keys() == {"id", "prompt_tokens", "prompt_logprobs", "top_logprobs"}
+        assert answer.keys() == {"id", "prompt_tokens", "prompt_logprobs", "total", "count", "top_logprobs"}
         assert answer["prompt_tokens"] == text and len(answer["top_logprobs"]) == len(text)
         assert answer["prompt_logprobs"] == pytest.approx(llama.model.score_tokens([text]).logprobs[0], abs=ROUNDING)
     with pytest.raises(ValueError, match="scoring generates nothing"):

@@ -47,6 +47,7 @@ _LEAST = {
     "num_fewshot": 0,
     "stride": 1,
 }
+_SCORES = ("logprobs", "logprobs_of", "sampling_logprobs")
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -83,8 +84,6 @@ def complete(arguments: argparse.Namespace) -> int:
     with progress(arguments.max_gen_len) as streamer:
         answers = llama.text_completion(
             prompts,
-            logprobs_of=arguments.logprobs_of,
-            sampling_logprobs=arguments.sampling_logprobs,
             streamer=streamer,
             **_completion_options(arguments),
         )
@@ -130,6 +129,8 @@ def _completion_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_p": arguments.settings.top_p,
         "max_gen_len": arguments.max_gen_len,
         "logprobs": arguments.logprobs,
+        "logprobs_of": arguments.logprobs_of,
+        "sampling_logprobs": arguments.sampling_logprobs,
         "echo": arguments.echo,
         "seeds": arguments.seeds,
         "stop": arguments.stop or None,
@@ -149,9 +150,11 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError("complete needs a prompt: give it as an argument, by --file, or per line on standard input")
     if arguments.seeds is not None:
         check_seeds(arguments.seeds, len(prompts))
-    if arguments.stream and not arguments.json and (len(prompts) > 1 or arguments.logprobs):
-        asked = "--logprobs" if arguments.logprobs else f"{len(prompts)} prompts"
-        raise ValueError(f"--stream prints the text of one prompt, got {asked}: add --json for a line per token")
+    if arguments.stream and not arguments.json:
+        asked = [f"--{name.replace('_', '-')}" for name in _SCORES if getattr(arguments, name)]
+        asked += [f"{len(prompts)} prompts"] * (len(prompts) > 1)
+        if asked:
+            raise ValueError(f"--stream prints the text of one prompt, got {asked[0]}: add --json for a line per token")
     return prompts
 
 
@@ -330,10 +333,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     if getattr(arguments, "seeds", None) is not None:
         seeds_as_given(arguments.seeds)
-    for name in ("logprobs_of", "sampling_logprobs") if getattr(arguments, "stream", False) else ():
-        if getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--stream prints no more of a token than --logprobs, got {option}: drop one of the two")
     if not isinstance(getattr(arguments, "bos", None), bool | None):
         check_int("bos", arguments.bos, least=0)
     if "" in getattr(arguments, "stop", []):

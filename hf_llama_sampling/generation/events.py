@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..defaults import SAMPLING_LOGPROBS
 from ..text.growing import GrowingText
 from ..text.stopping import Stop, StopStrings, TextOf
 from ..text.tokens import INCOMPLETE
 from .plan import Plan
-from .scoring import TopLogprobs
+from .scoring import NamedLogprobs, TokenScores, TopLogprobs
+
+_Draw = Sequence[float]  # a token's logprobs after temperature and after the nucleus, and the nucleus' mass
+_NOT_DRAWN = (0.0, 0.0, 1.0)
 
 
 class TokenEvent(NamedTuple):
@@ -31,6 +35,10 @@ class TokenEvent(NamedTuple):
     top: TopLogprobs | None = None  # the best ids with their raw logprobs, if asked for
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | None = None  # the stop string that ended the row
+    logprobs_of: NamedLogprobs | None = None  # the named ids with their raw logprobs and ranks, if asked for
+    temperature_logprob: float | None = None  # after temperature, over the whole vocabulary; with `sampling_logprobs`
+    sampled_logprob: float | None = None  # after temperature and nucleus; with `sampling_logprobs`
+    nucleus_mass: float | None = None  # of the nucleus that the token was drawn from; with `sampling_logprobs`
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,14 @@ class Decoders:
 
 
 class _Scores(NamedTuple):
-    """A token's scores."""
+    """A token's scores, under the names of an event's fields; None for those not asked for."""
 
-    logprob: float | None
-    top: TopLogprobs | None
+    logprob: float | None = None
+    top: TopLogprobs | None = None
+    logprobs_of: NamedLogprobs | None = None
+    temperature_logprob: float | None = None
+    sampled_logprob: float | None = None
+    nucleus_mass: float | None = None
 
 
 class _Row:
@@ -96,7 +108,7 @@ class _Row:
 
     def _event(self, token: int, scores: _Scores, text: str) -> TokenEvent:
         text, self.left = self.left + text, ""
-        return TokenEvent(self.number, token, text, *scores)
+        return TokenEvent(self.number, token, text, **scores._asdict())
 
 
 class EventSource:
@@ -114,6 +126,7 @@ class EventSource:
 
     def take_plan(self, plan: Plan) -> None:
         """Prepare for the rows of the whole call."""
+        self.whole, self.has_named = plan, any(plan.named)
         self.stops = StopStrings([] if self.stop is None else self.stop, len(plan.prompts))
         self.rows = [_Row(number, plan, self.decoders, self.stops) for number in range(len(plan.prompts))]
 
@@ -130,12 +143,12 @@ class EventSource:
             events += self._prompts()
         self.begun = True
         column, tokens = input_ids.shape[1] - 1, input_ids[:, -1].tolist()
-        scores = self._scores(self.state.scores[-1], 0) if self.plan.wants_scores else None
+        scores = self._scores(self.state.scores[-1], 0, self._draws()) if self.plan.wants_scores else None
         by_criterion = (self.state.criterion_stops == column + 1).tolist()
         met = []
         for place, token in enumerate(tokens):
             row = self.rows[self.plan.row_ids[place]]
-            found = _Scores(None, None) if scores is None else scores[place]
+            found = _Scores() if scores is None else scores[place]
             made, stopped = self._take(row, place, column, token, found, by_criterion=by_criterion[place])
             events += made
             met.append(stopped)
@@ -148,10 +161,10 @@ class EventSource:
         for row in self.rows:
             if row.finished:
                 continue
+            lists = [getattr(output, name) for name in ("logprobs", "top_logprobs", "logprobs_of", *SAMPLING_LOGPROBS)]
             for place in range(row.count, len(output.tokens[row.number])):
-                logprob = output.logprobs[row.number][place] if output.logprobs else None
-                top = output.top_logprobs[row.number][place] if output.top_logprobs else None
-                events += row.take(output.tokens[row.number][place], _Scores(logprob, top))
+                logprob, top, named, *draw = [found and found[row.number][place] for found in lists]
+                events += row.take(output.tokens[row.number][place], self._asked_for(logprob, top, named, draw))
             events += row.finish(output.finish_reason[row.number])
         self.emit(events)
 
@@ -192,19 +205,38 @@ class EventSource:
         plan = self.plan
         if self.prompt_rows is not None:
             row = self.prompt_rows[place]
-            found = _Scores(row.logprobs[position], row.top_logprobs[position])
-        elif position == 0 or not plan.wants_scores:
-            found = _Scores(0.0, [])
-        else:
-            return given[plan.offsets[place] + position - 1][place]
-        return _Scores(found.logprob if plan.logprobs else None, found.top if plan.top_logprobs else None)
+            return self._asked_for(row.logprobs[position], row.top_logprobs[position], row.named[position])
+        if position == 0 or not plan.wants_scores:
+            return self._asked_for(0.0, [], [])
+        return given[plan.offsets[place] + position - 1][place]
 
-    def _scores(self, columns: Any, at: int) -> list[_Scores]:
+    def _scores(self, columns: TokenScores, at: int, draws: Sequence[_Draw] | None = None) -> list[_Scores]:
         """Return each row's scores in one column; None for scores not asked for."""
-        plan = self.plan
-        logprobs: list[Any] = columns.logprobs[:, at].tolist() if plan.logprobs else [None] * len(plan.prompts)
-        tops: list[Any] = [None] * len(plan.prompts)
-        if plan.top_logprobs:
-            ids, best = columns.top_ids[:, at].tolist(), columns.top_logprobs[:, at].tolist()
-            tops = [list(zip(*both, strict=True)) for both in zip(ids, best, strict=True)]
-        return [_Scores(*both) for both in zip(logprobs, tops, strict=True)]
+        logprobs, *others = [values[:, at].tolist() for values in columns]
+        tops, named = others[:2], others[2:]
+        return [
+            self._asked_for(
+                logprobs[place],
+                list(zip(*(column[place] for column in tops), strict=True)),
+                # `strict=False` drops the padding of shorter lists.
+                list(zip(self.plan.named[place], *(column[place] for column in named), strict=False)),
+                _NOT_DRAWN if draws is None else draws[place],
+            )
+            for place in range(len(logprobs))
+        ]
+
+    def _draws(self) -> list[_Draw]:
+        """Return what each row's last token was drawn with."""
+        probs, masses = self.state.softmax_probs[-1], self.state.nucleus_masses[-1]  # (B,)
+        columns = [values.tolist() for values in (probs.log(), (probs / masses).log(), masses)]
+        return list(zip(*columns, strict=True))
+
+    def _asked_for(self, logprob: float, top: TopLogprobs, named: NamedLogprobs, draw: _Draw = _NOT_DRAWN) -> _Scores:
+        """Keep the scores that the call asks for."""
+        plan = self.whole
+        return _Scores(
+            logprob if plan.logprobs or plan.sampling_logprobs else None,
+            top if plan.top_logprobs else None,
+            named if self.has_named else None,
+            *(draw if plan.sampling_logprobs else ()),
+        )

@@ -183,12 +183,13 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             tokenizer: decodes the events' texts; without one they are empty.
             stop: a string or several that end a row, or one list per row. The text ends right before the first; the
                 tokens that come are those that lie wholly before it.
-            kwargs: everything else that `generate` takes, but a `streamer`, `logprobs_of` and `sampling_logprobs`. With
-                `logprobs`, `top_logprobs` and `echo` events say of each token what `generate`'s output says.
+            kwargs: everything else that `generate` takes, but a `streamer`. With `logprobs`, `top_logprobs`,
+                `logprobs_of`, `sampling_logprobs` and `echo` events say of each token what `generate`'s output says.
 
         Returns:
-            an iterator of [`TokenEvent`]: `row`, `id`, `text`, `logprob`, `top`; and for each row at its end one with
-            `id` None, the `finish_reason` and the `stop_reason`. A row's texts add up to what follows its prompt in the
+            an iterator of [`TokenEvent`]: `row`, `id`, `text`, and where asked for `logprob`, `top`, `logprobs_of`,
+            `temperature_logprob`, `sampled_logprob` and `nucleus_mass`; and for each row at its end one with `id` None,
+            the `finish_reason` and the `stop_reason`. A row's texts add up to what follows its prompt in the
             decoded whole, or with `echo` to the whole. The run goes on only while events are asked for; closing the
             iterator ends it.
 
@@ -200,9 +201,6 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         """
         if kwargs.get("streamer") is not None:
             raise ValueError("stream gives the tokens by itself, so it takes no streamer: leave it out")
-        for name in ("logprobs_of", "sampling_logprobs"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} has no place in stream, whose events hold no such scores: call generate")
         stop = resolve_alias("stop", stop, "stop_strings", kwargs.pop("stop_strings", None))
         if tokenizer is None:
             if stop is not None:

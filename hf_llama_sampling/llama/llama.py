@@ -452,6 +452,8 @@ class Llama:
         echo: bool = False,
         *,
         top_logprobs: int = 0,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
         continuing: bool = False,
@@ -463,9 +465,10 @@ class Llama:
             others: see `text_completion`.
 
         Returns:
-            an iterator of [`TokenEvent`]: `row`, `id`, `text`, and `logprob` and `top` where asked for; and for each
-            prompt at its end one with `id` None, the `finish_reason` and the `stop_reason`. A prompt's texts add up to
-            the `generation` of `text_completion`. Nothing runs before the first event is asked for, and closing the
+            an iterator of [`TokenEvent`]: `row`, `id`, `text`, and where asked for `logprob`, `top`, `logprobs_of`,
+            `temperature_logprob`, `sampled_logprob` and `nucleus_mass`; and for each prompt at its end one with `id`
+            None, the `finish_reason` and the `stop_reason`. A prompt's texts add up to the `generation` of
+            `text_completion`. Nothing runs before the first event is asked for, and closing the
             iterator ends the run.
 
         Raises:
@@ -480,7 +483,7 @@ class Llama:
         '' length
         """
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
-        flags = _stream_flags(logprobs, echo)
+        flags = _flags(logprobs, echo, sampling_logprobs)
         # With echo a text is decoded as a whole, so the completion in it goes on from its prompt.
         continuing = check_bool("continuing", continuing) or flags["echo"]
         return self._stream(
@@ -491,6 +494,7 @@ class Llama:
             temperature=temperature,
             top_p=top_p,
             top_logprobs=top_logprobs,
+            logprobs_of=logprobs_of,
             seeds=seeds,
             **flags,
         )
@@ -563,6 +567,8 @@ class Llama:
         *,
         chat_format: ChatFormat | None = None,
         top_logprobs: int = 0,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
     ) -> Iterator[TokenEvent]:
@@ -584,12 +590,20 @@ class Llama:
             temperature=temperature,
             top_p=top_p,
             top_logprobs=top_logprobs,
+            logprobs_of=logprobs_of,
             seeds=seeds,
-            **_stream_flags(logprobs, echo=False),
+            **_flags(logprobs, False, sampling_logprobs),
         )
 
     def _stream(
-        self, ids: list[list[int]], stop: Stop | None, *, continuing: bool, echo: bool, **options: Any
+        self,
+        ids: list[list[int]],
+        stop: Stop | None,
+        *,
+        continuing: bool,
+        echo: bool,
+        logprobs_of: LogprobsOf | None,
+        **options: Any,
     ) -> Iterator[TokenEvent]:
         """Yield the events of a run."""
         self._check_batch(ids)
@@ -598,6 +612,7 @@ class Llama:
         speller = self.speller
         options |= {
             "echo": echo,
+            "logprobs_of": named_ids(logprobs_of, len(ids), self.tokenizer),
             "max_seq_len": self.max_seq_len,
             "eos_token_id": self.eos_ids,
             "compat": self._compat(echo=echo),
@@ -809,14 +824,6 @@ class Llama:
             details["tokens"] = [self.text_of([token]) for token in tokens]
             details |= {name: values[: len(tokens)] for name, values in scores.items()}
         return text, details
-
-
-def _stream_flags(logprobs: bool, echo: bool) -> dict[str, bool]:
-    """Check the flags of a stream."""
-    return {
-        "logprobs": check_bool("logprobs", logprobs, "for the best tokens at each place give top_logprobs=k"),
-        "echo": check_bool("echo", echo, "the answers then start with their prompts"),
-    }
 
 
 def _criteria(stops: StopStrings | None, prompts: list[list[int]], decoders: list[TextOf]) -> list[Any] | None:

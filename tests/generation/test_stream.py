@@ -33,6 +33,20 @@ def by_row(events):
     return {row: (tokens, end) for row, (tokens, (end,)) in rows.items()}
 
 
+def scores_beside(out, row, asked):
+    """The scores of a row's events, a list for each field, from `generate`'s output; None for those not asked for."""
+    drawn = bool(asked.get("sampling_logprobs"))
+    fields = {
+        "logprob": out.logprobs if asked.get("logprobs") or drawn else None,
+        "top": out.top_logprobs if asked.get("top_logprobs") else None,
+        "logprobs_of": out.logprobs_of if asked.get("logprobs_of") else None,
+        "temperature_logprob": out.temperature_logprobs if drawn else None,
+        "sampled_logprob": out.sampled_logprobs if drawn else None,
+        "nucleus_mass": out.nucleus_mass if drawn else None,
+    }
+    return {name: [None] * len(out.tokens[row]) if lists is None else lists[row] for name, lists in fields.items()}
+
+
 def cut(text, strings):
     """The text before the first of some strings, and the string; the longest of several that begin there."""
     found = [(text.index(string), -len(string), string) for string in strings if string in text]
@@ -51,11 +65,16 @@ def cut(text, strings):
         {"seeds": None, "eos_token_id": [13, 980, 275, 328], "schedule": "reference"},
         {"seeds": None, "eos_token_id": [13, 980, 275, 328]},
         {"num_return_sequences": 2, "logprobs": False},
+        {"logprobs_of": [5, 13], "sampling_logprobs": True, "logprobs": False, "top_logprobs": 0},
+        {"logprobs_of": [[5], [], [7, 13, 2], [7]], "sampling_logprobs": True, "echo": True, "schedule": "reference"},
+        {"logprobs_of": [[5], [], [7, 13, 2], [7]], "echo": True, "temperature": [0, 0.9, 0.5, 0]},
+        {"logprobs_of": [[5], [], [7, 13, 2], [7]], "sampling_logprobs": True, "echo": True, "max_gen_len": 0},
+        {"sampling_logprobs": True, "seeds": None, "eos_token_id": [13, 980, 275, 328]},
     ],
     ids=str,
 )
 def test_events_are_what_generate_returns(tiny_model, tiny_tokenizer, prompts, more):
-    """Tokens, logprobs, best tokens and reasons, and texts that add up to the decoded whole."""
+    """Tokens, all scores and reasons, and texts that add up to the decoded whole."""
     asked = {**ASKED, "max_gen_len": 6, "schedule": "padded", **more}
     torch.manual_seed(0)
     out = tiny_model.generate(prompts, return_dict_in_generate=True, **asked)
@@ -67,12 +86,9 @@ def test_events_are_what_generate_returns(tiny_model, tiny_tokenizer, prompts, m
         prompt = prompts[row // asked.get("num_return_sequences", 1)]
         assert [event.id for event in tokens] == out.tokens[row]
         assert end.finish_reason == out.finish_reason[row]
-        if asked["logprobs"]:
-            assert [event.logprob for event in tokens] == out.logprobs[row]
-        else:
-            assert {event.logprob for event in tokens} <= {None}
-        if asked["top_logprobs"]:
-            assert [event.top for event in tokens] == out.top_logprobs[row]
+        for name, expected in scores_beside(out, row, asked).items():
+            assert [getattr(event, name) for event in tokens] == expected, name
+            assert getattr(end, name) is None
         text = "".join(event.text for event in [*tokens, end])
         if asked.get("echo"):
             assert text == text_of(out.tokens[row])
@@ -83,7 +99,7 @@ def test_events_are_what_generate_returns(tiny_model, tiny_tokenizer, prompts, m
 @pytest.mark.parametrize("schedule", ["reference", "padded"])
 def test_stop_strings_end_rows_and_nothing_of_them_comes(tiny_model, tiny_tokenizer, prompts, schedule):
     """One list for all rows or one per row, as `stop` or `stop_strings`: the texts of the run without them, cut."""
-    asked = {**ASKED, "max_gen_len": 16, "schedule": schedule}
+    asked = {**ASKED, "max_gen_len": 16, "schedule": schedule, "logprobs_of": [13], "sampling_logprobs": True}
     whole = by_row(tiny_model.stream(prompts, tokenizer=tiny_tokenizer, **asked))
     for stop in (["e", "\n"], [["ou", "o"], None, "e", [" ", "the"]], "th"):
         strings = [[stop]] * 4 if isinstance(stop, str) else stop if isinstance(stop[1], list | None) else [stop] * 4
@@ -93,7 +109,9 @@ def test_stop_strings_end_rows_and_nothing_of_them_comes(tiny_model, tiny_tokeni
             own = strings[row] or []
             text, string = cut(before, [own] if isinstance(own, str) else own)
             assert "".join(event.text for event in [*tokens, end]) == text and end.stop_reason == string
-            assert [event.id for event in tokens] == [event.id for event in whole[row][0]][: len(tokens)]
+            kept = whole[row][0][: len(tokens)]
+            # Texts differ in when they come, tokens and scores in nothing.
+            assert [event._replace(text="") for event in tokens] == [event._replace(text="") for event in kept]
             assert end.finish_reason == ("stop" if string else whole[row][1].finish_reason)
 
 

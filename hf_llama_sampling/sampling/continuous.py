@@ -20,7 +20,7 @@ from . import fast_path, rule
 from .philox import WORD
 from .rule import Draw
 from .sampler import one_hot
-from .streams import keys_at, seed_words, token_noise
+from .streams import keys_at, noise_under, seed_words
 
 _CHILD = "__child#"  # how transformers names the copies that `num_return_sequences` makes of a request
 _BLOCK = 64  # positions whose words are derived at once
@@ -110,18 +110,14 @@ class RequestSampler:
 def draw_requests(scores: Tensor, values: Tensor) -> Draw:
     """Draw one token per request. scores: (R, V) float32; values: (4, R) int32, see `RequestSampler`."""
     temperature, top_p = values[:2].view(torch.float32)[:, :, None]  # (R, 1) each
-    key, salt = (values[2:].long() & WORD)[:, :, None]
+    keys = values[2:].long().T & WORD  # (R, 2)
     greedy = temperature == 0
     best = scores.argmax(-1)
     if fast_path.on_cpu(scores) and bool(greedy.all()):
         return Draw(best, scores.gather(1, best[:, None])[:, 0] * 0.0 + 1.0)
     path = fast_path if fast_path.on_cpu(scores) else rule
     probs = path.softmax_with_temperature(scores, torch.where(greedy, 1.0, temperature))
-
-    def noise(tokens: Tensor, rows: Tensor | None) -> Tensor:
-        return token_noise(tokens, key, salt) if rows is None else token_noise(tokens, key[rows], salt[rows])
-
-    draw: Draw = path.draw_by_token(probs, top_p, noise, with_mass=False)
+    draw: Draw = path.draw_by_token(probs, top_p, noise_under(keys), with_mass=False)
     return Draw(torch.where(greedy[:, 0], best, draw.tokens), draw.softmax_probs)
 
 
@@ -140,5 +136,5 @@ def _values_of(state: Any) -> tuple[tuple[float, float], tuple[int, int]]:
 @functools.lru_cache(maxsize=4096)
 def _words_of_block(seed: int, copy: int, block: int) -> list[tuple[int, int]]:
     """The key and the salt of `_BLOCK` positions."""
-    positions = torch.arange(block * _BLOCK, (block + 1) * _BLOCK)[None]
-    return [(key, salt) for key, salt in keys_at(positions, torch.tensor([copy]), seed_words([seed]))[0].tolist()]
+    positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)[None]
+    return [(key, salt) for key, salt in keys_at(positions, np.array([copy]), seed_words([seed]))[0].tolist()]

@@ -19,7 +19,7 @@ What this module does not do: it serves no other device, where looking at a proo
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ ROUNDING = 1e-6
 RADIX = 32768
 
 Answer = TypeVar("Answer", Tensor, Draw)
+# Small questions about a window are asked of its memory as NumPy sees it, which answers in a third of torch's time.
+Mask = np.ndarray[Any, Any]  # of bool
 
 
 def on_cpu(values: Tensor | torch.device) -> bool:
@@ -61,10 +63,12 @@ def draw_by_rank(probs: Tensor, top_p: float | Tensor, noise: Noise) -> Draw:
 
     def race(found: Nucleus, some: Tensor, rows: Tensor | None) -> Draw:
         found = trim_nucleus(found)
+        if found.tokens.shape[1] == 1:
+            return _alone(found, with_mass=True)
         mass = _mass_of(found, some)
         return rule.race(found, found.probs / mass, noise(found.tokens, rows), mass)
 
-    return _first_sure(probs, top_p, race, lambda found, draw: (found.probs == draw.softmax_probs[:, None]).sum(-1) > 1)
+    return _first_sure(probs, top_p, race, lambda found, draw: _is_not_unique(found, draw.softmax_probs))
 
 
 def draw_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise, *, with_mass: bool = True) -> Draw:
@@ -72,6 +76,8 @@ def draw_by_token(probs: Tensor, top_p: float | Tensor, noise: Noise, *, with_ma
 
     def race(found: Nucleus, some: Tensor, rows: Tensor | None) -> Draw:
         found = trim_nucleus(found)
+        if found.tokens.shape[1] == 1:
+            return _alone(found, with_mass=with_mass)
         return rule.race(found, found.probs, noise(found.tokens, rows), _mass_of(found, some) if with_mass else None)
 
     # The radix sort is stable, as the rule's sort is here, so its answer is final.
@@ -82,7 +88,7 @@ def _first_sure(
     probs: Tensor,
     top_p: float | Tensor,
     answer_with: Callable[[Nucleus, Tensor, Tensor | None], Answer],
-    tie_decides: Callable[[Nucleus, Answer], Tensor],
+    tie_decides: Callable[[Nucleus, Answer], Mask],
     *,
     last: Callable[[Tensor, float | Tensor], Nucleus] = rule.nucleus,
 ) -> Answer:
@@ -110,7 +116,7 @@ def _first_sure(
     return _replace(answer, rows, answer_with(last(some, _take(p, tied)), some, rows))
 
 
-def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tuple[Nucleus, Tensor]:
+def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tuple[Nucleus, Mask]:
     """The rule over the `width` largest probabilities, and (B,) for which rows they may not be enough.
 
     Of the other rows, probabilities and which ranks are dropped equal `rule.nucleus` bit for bit; ids may differ from
@@ -119,9 +125,10 @@ def windowed_nucleus(probs: Tensor, top_p: float | Tensor, *, width: int) -> tup
     ordered, tokens = torch.topk(probs, width)
     before = ordered.cumsum(-1).sub_(ordered)
     if width == probs.shape[-1]:
-        incomplete = torch.zeros(len(probs), dtype=torch.bool)
+        incomplete = np.zeros(len(probs), dtype=np.bool_)
     else:
-        incomplete = (before[:, -1:] <= top_p + ROUNDING).squeeze(-1)
+        most = top_p.numpy()[:, 0] if isinstance(top_p, Tensor) else top_p
+        incomplete = before.numpy()[:, -1] <= most + ROUNDING
     return Nucleus(tokens, ordered, before > top_p), incomplete
 
 
@@ -143,7 +150,7 @@ def radix_nucleus(probs: Tensor, top_p: float | Tensor) -> Nucleus:
 def trim_nucleus(found: Nucleus) -> Nucleus:
     """The same nucleus without the columns after the last one that any row keeps."""
     # Rounding can drop a token and keep a later one, so counting the kept ones would not do.
-    kept = (~found.dropped.all(0).numpy()).nonzero()[0]
+    kept = np.flatnonzero(~found.dropped.all(0).numpy())
     width = int(kept[-1]) + 1 if len(kept) else 1
     return Nucleus(*(column[:, :width] for column in found))
 
@@ -155,15 +162,29 @@ def _mass_of(found: Nucleus, probs: Tensor) -> Tensor:
     return torch.nn.functional.pad(kept, (0, probs.shape[1] - kept.shape[1])).sum(-1, keepdim=True)
 
 
-def _tie_at_the_edge(found: Nucleus) -> Tensor:
+def _alone(found: Nucleus, *, with_mass: bool) -> Draw:
+    """The draw from a nucleus of one token in each row, which wins any race; a row of nan keeps more. Shapes (R, 1)."""
+    return Draw(found.tokens[:, 0], found.probs[:, 0], found.probs[:, 0] if with_mass else None)
+
+
+def _tie_at_the_edge(found: Nucleus) -> Mask:
     """(R,): a kept and a dropped token have the same probability, so that the sort decides which is kept."""
-    edge = found.dropped[:, 1:] != found.dropped[:, :-1]
-    return (edge & (found.probs[:, 1:] == found.probs[:, :-1])).any(-1)
+    dropped, probs = found.dropped.numpy(), found.probs.numpy()
+    edge: Any = (dropped[:, 1:] != dropped[:, :-1]) & (probs[:, 1:] == probs[:, :-1])
+    some: Mask = edge.any(-1)
+    return some
 
 
-def _rows_where(unsure: Tensor) -> Tensor | None:
+def _is_not_unique(found: Nucleus, probs: Tensor) -> Mask:
+    """(R,): another token of the nucleus or beside it has the winner's probability; probs: (R,), the winners'."""
+    equal: Any = found.probs.numpy() == probs.numpy()[:, None]
+    several: Mask = equal.sum(-1) > 1
+    return several
+
+
+def _rows_where(unsure: Mask) -> Tensor | None:
     """The rows (R,) where `unsure` (B,) is true, or None where there are none."""
-    rows = unsure.numpy().nonzero()[0]
+    rows = np.flatnonzero(unsure)
     if len(rows) == 1 < len(unsure):
         rows = rows.repeat(2)  # with several threads torch sums a lone row in another order than a row of several
     return torch.from_numpy(rows) if len(rows) else None

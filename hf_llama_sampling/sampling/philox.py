@@ -20,8 +20,10 @@ _MULTIPLIERS_4 = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _SPAN = 1 << 16  # words computed at once in NumPy
+_FEW = 8  # words that Python computes in less time than NumPy
 
-Words = TypeVar("Words", Tensor, "np.ndarray[Any, Any]")
+Array = np.ndarray[Any, np.dtype[np.int64]]
+Words = TypeVar("Words", Tensor, Array, int)
 
 
 def philox2x32(counter0: Words, counter1: Words, key: Words) -> Words:
@@ -41,12 +43,16 @@ def philox2x32(counter0: Words, counter1: Words, key: Words) -> Words:
     return left
 
 
-def philox2x32_in_numpy(counter0: Tensor, counter1: Tensor, key: Tensor) -> Tensor:
-    """`philox2x32` of CPU tensors (R, K), (R, 1) and (R, 1): NumPy starts an operation in a third of torch's time.
+def philox2x32_in_numpy(counter0: Tensor, salts: Array, keys: Array) -> Tensor:
+    """`philox2x32` of a CPU tensor (R, K) and arrays (R, 1): NumPy starts an operation in a third of torch's time.
 
-    Large arrays are computed in spans that stay in the cache; beyond it each operation would wait for fresh pages.
+    A few words are faster still in Python. Large arrays are computed in spans that stay in the cache; beyond it each
+    operation would wait for fresh pages.
     """
-    ids, salts, keys = counter0.numpy(), counter1.numpy(), key.numpy()
+    ids = counter0.numpy()
+    if ids.size <= _FEW:
+        rows = zip(ids.tolist(), salts[:, 0].tolist(), keys[:, 0].tolist(), strict=True)
+        return torch.tensor([[philox2x32(one, salt, key) for one in row] for row, salt, key in rows])
     if ids.size <= _SPAN:
         return torch.from_numpy(philox2x32(ids, salts, keys))
     words = np.empty(ids.shape, dtype=np.int64)
@@ -57,8 +63,8 @@ def philox2x32_in_numpy(counter0: Tensor, counter1: Tensor, key: Tensor) -> Tens
     return torch.from_numpy(words)
 
 
-def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words of Philox4x32-10, of tensors that broadcast together."""
+def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, Words, Words, Words]:
+    """The four words of Philox4x32-10, of tensors or arrays that broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import fast_path
-from .philox import WORD, philox2x32, philox2x32_in_numpy, philox4x32
+from .philox import WORD, Array, philox2x32, philox2x32_in_numpy, philox4x32
 from .rule import Noise
 
 # Memory that `LookAhead` may use for the draws it made ahead, and the fewest ranks of each that it keeps in any case.
@@ -182,32 +183,30 @@ class PromptStreams:
 
     def __init__(self, seeds: Sequence[int], copies: Sequence[int], first_positions: Sequence[int]) -> None:
         self.seeds = seed_words(seeds)  # (B, 2)
-        self.copies = torch.tensor(list(copies), dtype=torch.long)
-        self.first_positions = torch.tensor(list(first_positions), dtype=torch.long)
-        self.keys, self.keys_start = torch.empty(0), -1  # (B, _BLOCK, 2) of the columns from `keys_start` on
+        self.copies = np.array(list(copies), dtype=np.int64)
+        self.first_positions = np.array(list(first_positions), dtype=np.int64)
+        self.keys: Array = np.empty(0, dtype=np.int64)  # (B, _BLOCK, 2) of the columns from `keys_start` on
+        self.keys_start = -1
         self.table, self.table_start = torch.empty(0), -1  # (B, columns, V) of the columns from `table_start` on
 
     def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """This step's noise; on CPU nothing is computed before it is asked for."""
-        keys = self._keys_for(column, device)
+        keys = self._keys_for(column)
         if not fast_path.on_cpu(device):
-            noise_of_ids = self._table_for(column, keys, shape[1])
+            noise_of_ids = self._table_for(column, keys, shape[1], device)
             return lambda tokens, rows: noise_of_ids.gather(1, tokens)
-        key, salt = keys[:, column % _BLOCK, :1], keys[:, column % _BLOCK, 1:]  # (B, 1) each
-        return lambda tokens, rows: (
-            token_noise(tokens, key, salt) if rows is None else token_noise(tokens, key[rows], salt[rows])
-        )
+        return _noise_on_cpu(keys[:, column % _BLOCK])
 
-    def _keys_for(self, column: int, device: torch.device) -> Tensor:
+    def _keys_for(self, column: int) -> Array:
         """(B, _BLOCK, 2): a key and a salt for each row and each column of the block that holds `column`."""
         start = column - column % _BLOCK
         if start != self.keys_start:
-            positions = self.first_positions[:, None] + torch.arange(start, start + _BLOCK)  # (B, _BLOCK)
-            self.keys_start, self.keys = start, keys_at(positions, self.copies, self.seeds).to(device)
+            positions = self.first_positions[:, None] + np.arange(start, start + _BLOCK)  # (B, _BLOCK)
+            self.keys_start, self.keys = start, keys_at(positions, self.copies, self.seeds)
             self.table_start = -1
         return self.keys
 
-    def _table_for(self, column: int, keys: Tensor, vocab_size: int) -> Tensor:
+    def _table_for(self, column: int, keys: Array, vocab_size: int, device: torch.device) -> Tensor:
         """(B, V): the noise of all token ids in a column."""
         columns = _BLOCK
         while columns > 1 and len(keys) * columns * vocab_size > NOISE_AHEAD:
@@ -215,18 +214,19 @@ class PromptStreams:
         start = column - column % columns
         if start != self.table_start or self.table.shape[1:] != (columns, vocab_size):
             first = start % _BLOCK
-            key, salt = keys[:, first : first + columns, :1], keys[:, first : first + columns, 1:]
-            ids = torch.arange(vocab_size, device=keys.device).expand(len(keys), columns, vocab_size)
+            some = torch.from_numpy(keys[:, first : first + columns]).to(device)
+            key, salt = some[..., :1], some[..., 1:]
+            ids = torch.arange(vocab_size, device=device).expand(len(keys), columns, vocab_size)
             self.table_start, self.table = start, token_noise(ids, key, salt)
         return self.table[:, column - start]
 
 
-def seed_words(seeds: Sequence[int]) -> Tensor:
+def seed_words(seeds: Sequence[int]) -> Array:
     """(B, 2): the low and the high 32 bits of each seed."""
-    return torch.tensor([[seed & WORD, seed >> 32] for seed in seeds], dtype=torch.long)
+    return np.array([[seed & WORD, seed >> 32] for seed in seeds], dtype=np.int64)
 
 
-def keys_at(positions: Tensor, copies: Tensor, seeds: Tensor) -> Tensor:
+def keys_at(positions: Array, copies: Array, seeds: Array) -> Array:
     """The key and the salt under which token ids become noise.
 
     Args:
@@ -237,17 +237,38 @@ def keys_at(positions: Tensor, copies: Tensor, seeds: Tensor) -> Tensor:
     Returns:
         (B, K, 2): a key and a salt for each position.
     """
-    copies, zero = copies[:, None].expand_as(positions), torch.zeros_like(positions)
-    words = philox4x32((positions & WORD, copies, zero, zero), (seeds[:, :1], seeds[:, 1:]))
-    return torch.stack(words[:2], dim=-1)
+    zero = np.zeros_like(positions)
+    words = philox4x32((positions & WORD, copies[:, None] + zero, zero, zero), (seeds[:, :1], seeds[:, 1:]))
+    return np.stack(words[:2], axis=-1)
+
+
+def noise_under(keys: Tensor) -> Noise:
+    """The noise of a step, computed for the tokens that are asked for. keys: (B, 2), a key and a salt."""
+    if fast_path.on_cpu(keys):
+        return _noise_on_cpu(keys.numpy())
+    key, salt = keys[:, :1], keys[:, 1:]
+    return lambda tokens, rows: (
+        token_noise(tokens, key, salt) if rows is None else token_noise(tokens, key[rows], salt[rows])
+    )
+
+
+def _noise_on_cpu(keys: Array) -> Noise:
+    def noise(tokens: Tensor, rows: Tensor | None) -> Tensor:
+        some = keys if rows is None else keys[rows.numpy()]
+        return _exponential(philox2x32_in_numpy(tokens, some[:, 1:], some[:, :1]))
+
+    return noise
 
 
 def token_noise(tokens: Tensor, key: Tensor, salt: Tensor) -> Tensor:
     """Float32 Exp(1) values for token ids (R, K) under each row's key and salt (R, 1), or (R, columns, ...) of all."""
-    words = (philox2x32_in_numpy if fast_path.on_cpu(tokens) else philox2x32)(tokens, salt, key)
+    return _exponential(philox2x32(tokens, salt, key))
+
+
+def _exponential(words: Tensor) -> Tensor:
+    """Float32 Exp(1) values of words of 32 bits."""
     # -log1p(-u) keeps the small values, which decide the race, at full resolution; the half step keeps 0 out of u.
-    minus_uniform = words.float().mul_(-(2.0**-32)).sub_(2.0**-33)
-    return minus_uniform.log1p_().neg_()
+    return words.float().mul_(-(2.0**-32)).sub_(2.0**-33).log1p_().neg_()
 
 
 def left_pads(attention_mask: Tensor) -> list[int]:

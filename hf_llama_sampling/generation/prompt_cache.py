@@ -4,7 +4,6 @@ A prompt that shares a prefix with a kept text takes the prefix's keys and value
 that differs. What this module does not do: it lays out no batch and forwards no prompt; `sharing` does.
 """
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..checks import check_int
 from .caches import LayerStates, can_be_shared, can_drop, row_states
 from .model_info import device_of
+from .model_state import ModelState, trains
 from .releases import CACHE_NAMES
 from .walk import CACHE_BYTES, forward_columns
 
@@ -77,9 +77,10 @@ class PromptCache:
 
     Pass the same object to each call of a conversation. A turn then costs what is new in it, and its answer is the one
     from scratch up to the rounding of the logits. A prompt that differs from the kept text is read from the first token
-    that differs. Everything is read anew where the model, its weights, dtype or device have changed, where the model
-    trains, and where its cache cannot be cut (a sliding window that is full, a recurrent state). A call that fails
-    keeps nothing. Calls of several threads do not disturb one another; what the last one read is kept.
+    that differs. Everything is read anew where the model, its weights, adapters, hooks or settings, its dtype or device
+    have changed, where the model trains, and where its cache cannot be cut (a sliding window that is full, a recurrent
+    state). A call that fails keeps nothing. Calls of several threads do not disturb one another; what the last one read
+    is kept.
 
     Args:
         max_bytes: most memory for what is kept between calls, 1 GiB if not given. The cache of a call with a single
@@ -119,8 +120,8 @@ class PromptCache:
 
     def keep(self, model: Any, texts: list[ReadText]) -> None:
         """Keep what a call has read, if it is one text or fits."""
-        if texts and not model.training and (len(texts) == 1 or _bytes_of(texts) <= self.max_bytes):
-            self._kept = _Kept(texts, _weights_of(model))
+        if texts and not trains(model) and (len(texts) == 1 or _bytes_of(texts) <= self.max_bytes):
+            self._kept = _Kept(texts, ModelState(model), [_embedded(model, text) for text in texts])
 
 
 def check_prompt_cache(value: Any, model_kwargs: Mapping[str, Any]) -> PromptCache | None:
@@ -138,36 +139,41 @@ def check_prompt_cache(value: Any, model_kwargs: Mapping[str, Any]) -> PromptCac
     return value
 
 
-class _Weight(NamedTuple):
-    """A parameter or buffer, and its version when the texts were stored."""
-
-    tensor: "weakref.ref[Tensor]"
-    version: int  # counts changes in place
-    kind: tuple[torch.dtype, torch.device]
-
-
 class _Kept(NamedTuple):
     texts: list[ReadText]
-    weights: list[_Weight]
+    state: ModelState
+    embedded: list[Tensor | None]  # see `_embedded`, of each text
 
     def made_by(self, model: Any) -> bool:
-        """Whether a model has the weights that computed the texts, as far as torch counts changes of them."""
-        now = _weights_of(model)
+        """Whether a model is in the state in which it computed the texts, and embeds their tokens as it did."""
         return (
-            not model.training
-            and len(now) == len(self.weights)
-            and all(
-                old.tensor() is new.tensor() and old[1:] == new[1:] for old, new in zip(self.weights, now, strict=True)
-            )
+            not trains(model)
+            and self.state.holds_for(model)
+            and all(map(_equal_sums, self.embedded, (_embedded(model, text) for text in self.texts)))
         )
 
 
-def _weights_of(model: Any) -> list[_Weight]:
-    return [
-        _Weight(weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version, (tensor.dtype, tensor.device))
-        for tensors in (model.parameters(), model.buffers())
-        for tensor in tensors
-    ]
+def _embedded(model: Any, text: ReadText) -> Tensor | None:
+    """(2, T): two sums over each token's embedding, since single rows are often set through `.data`; None if unknown.
+
+    torch does not count changes through `.data`, and the check of the first keys sees no other token's.
+    """
+    table = getattr(_input_embeddings(model), "weight", None)
+    if type(table) is not torch.nn.Parameter or table.device.type == "meta":  # quantized, distributed or offloaded
+        return None
+    rows = table.detach()[torch.as_tensor(text.ids, device=table.device)].float()  # (T, size)
+    return torch.stack([rows.sum(-1), rows @ torch.arange(1.0, rows.shape[1] + 1, device=rows.device)])
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _equal_sums(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _bytes_of(texts: Sequence[ReadText]) -> int:

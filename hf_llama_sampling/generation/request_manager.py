@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from ..checks import check_int, check_seeds, check_temperature, check_top_p, fir
 from ..sampling.continuous import RequestSampler, RequestSettings, child_id, names_a_child
 from .inputs import check_lengths, read_prompts
 from .model_info import check_positions, eos_ids_of, forget_longer_texts, length_limit, vocab_size_of
+from .model_state import ModelState
 from .options import resolve_alias, sort_keywords
 
 _NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestState.to_generation_output)
@@ -75,6 +77,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
         self.output_router = _Router(self._finish)
         self._in_flight: set[str] = set()
+        self._state: ModelState | None = None  # in which the model computed what the cache holds
 
     @contextlib.contextmanager
     def _paged_attention(self, *, keep: bool = False) -> Iterator[None]:
@@ -101,6 +104,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             super().start()
             return
         self._was_training |= self.model.training
+        self._forget_stale_keys()
         try:
             with self._paged_attention(keep=True):
                 forget_longer_texts(self.model.eval())
@@ -165,6 +169,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         if not self.is_tp_driver:
             return None
         self._refuse_if_closed()
+        self._forget_stale_keys()
         self._refuse_keywords(others)
         asked = resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", max_new_tokens)
         prompt, limit = self._check_length(input_ids, first_not_none(asked, self.settings.max_gen_len))
@@ -286,6 +291,32 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             raise ValueError(f"request_id must be new, but {request_id!r} is in flight: choose another")
         return request_id
 
+    def _forget_stale_keys(self) -> None:
+        """Drop cached keys and values if the model has changed since they were computed; refuse if requests use them.
+
+        transformers would share them with any later request that begins alike, also in a manager that was kept.
+        """
+        if self._state is not None and self._state.holds_for(self.model):
+            return
+        if self._state is not None and not self.is_running():
+            self.batch_processor = None
+        elif self._state is not None and self._use_prefix_sharing:
+            self._evict_between_steps()
+        self._state = ModelState(self.model)
+
+    def _evict_between_steps(self) -> None:
+        """Pause the loop and empty the cache; refuse if requests are in flight, or if other ranks would wait."""
+        alone = (getattr(self.model, "tp_size", None) or 1) == 1
+        if alone and self._generation_thread is not threading.current_thread():
+            with self.pause():
+                if not self.batch_processor.has_pending_requests():
+                    self.batch_processor.cache.evict_cached_blocks()
+                    return
+        raise RuntimeError(
+            "the model has changed while requests are in flight, and new ones could share the keys and values that it "
+            "computed before: wait for their results, or stop the manager and start it again"
+        )
+
     def _refuse_if_closed(self) -> None:
         denial = self.background_thread_status.can_accept_new_requests()
         cause = self.background_thread_status.fatal_error
@@ -348,7 +379,11 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             return super()._create_batch_processor()
         device, offload = self.model.device, self.continuous_batching_config.cpu_offload_space
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), self._paged_attention():
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                self._paged_attention(),
+                torch.inference_mode(False),  # the loop's thread writes to these tensors, and is in none
+            ):
                 processor = super()._create_batch_processor()
         except RuntimeError as error:
             if offload and "pin_memory" in str(error):

@@ -292,6 +292,44 @@ def test_a_manager_can_be_kept(tiny_model):
     assert tiny_model.generate_batch(RAGGED, logprobs=True, max_gen_len=5)["req_0"].logprobs
 
 
+@torch.no_grad()
+def test_a_model_that_changed_answers_as_it_now_is(tiny_model):
+    """Prompts that share pages with earlier ones, in a manager that was kept, that runs, and that was stopped."""
+    model, prompt = copy.deepcopy(tiny_model), [BOS, *range(40, 110)]
+    asked = {"max_gen_len": 4, "temperature": 0}
+
+    def changed():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-1.5)
+        return model.generate([prompt], **asked).tokens[0]
+
+    model.generate_batch([prompt], persistent_manager=True, **asked)
+    expected = changed()
+    kept = model.generate_batch([prompt], persistent_manager=True, **asked)
+    assert answers(kept) == [expected]
+    model.destroy_cached_continuous_batching_manager()
+    manager = model.init_continuous_batching(**asked)
+    for _ in range(2):
+        manager.start()
+        for _ in range(2):
+            manager.add_request(prompt)
+            assert answer(manager.get_result()) == expected
+            expected = changed()
+        manager.add_request(prompt, max_gen_len=400)
+        expected = changed()
+        with pytest.raises(RuntimeError, match="the model has changed while requests are in flight"):
+            manager.add_request(prompt)
+        manager.stop(hard_stop=True)
+        while manager.get_result(timeout=0.01) is not None:
+            pass
+
+
+def test_a_batch_within_inference_mode(tiny_model):
+    """The manager's thread is in none, and writes to what was made before it."""
+    with torch.inference_mode():
+        found = tiny_model.generate_batch(RAGGED, seeds=1, max_gen_len=3)
+    assert answers(found) == tiny_model.generate(RAGGED, seeds=1, max_gen_len=3).tokens
+
+
 def test_a_release_without_the_api_is_refused_by_name(tiny_model, monkeypatch):
     """Where one of transformers' modules is missing, all three ways in say which release has it."""
     monkeypatch.delitem(sys.modules, "hf_llama_sampling.generation.request_manager", raising=False)

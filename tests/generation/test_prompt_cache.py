@@ -146,15 +146,44 @@ def hooked(model):
     model.model.layers[0].register_forward_hook(lambda module, args, output: 1.3 * output)
 
 
+def hooked_far_behind(model):
+    """A hook that changes later positions alone, which the check of the first keys cannot see."""
+
+    def steer(module, args, output):
+        return torch.cat([output[:, :9], 1.5 * output[:, 9:]], 1)
+
+    model.model.embed_tokens.register_forward_hook(steer)
+
+
+def embedded_otherwise(model):
+    """One token's embedding, through `.data`, as one sets those of added tokens."""
+    model.model.embed_tokens.weight.data[FIRST[20]] *= -3
+
+
+def scaled_a_little(model):
+    """A number of a layer's, as an adapter's scale is one: in 16 bits below what rounding may be."""
+    model.to(torch.bfloat16).generate([FIRST], **ASKED, prompt_cache=model.cache)
+    model.model.layers[0].self_attn.scaling *= 1.05
+
+
+def configured(model):
+    """A window that the masks read from the config."""
+    model.config.sliding_window = 4
+
+
 def halved(model):
     """Another dtype."""
     model.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("change", [in_place, uncounted, loaded, replaced, trained, hooked, halved])
+CHANGES = [in_place, uncounted, loaded, replaced, trained, hooked, halved]
+CHANGES += [hooked_far_behind, embedded_otherwise, scaled_a_little, configured]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_changed_reads_all_anew(model, change):
     """Whatever changes the model between two turns: the answer is the changed model's."""
-    cache = PromptCache()
+    cache = model.cache = PromptCache()
     first = model.generate([FIRST], **ASKED, temperature=0, prompt_cache=cache)
     change(model)
     prompts = next_turn([FIRST], first)
@@ -182,6 +211,10 @@ def test_a_model_in_training_keeps_nothing(model):
     cache = PromptCache()
     model.train().generate([FIRST], **ASKED, temperature=0, prompt_cache=cache)
     assert len(cache) == 0
+    twin = copy.copy(model.eval())
+    model.train()  # the twin shares the layers, and does not know
+    twin.generate([FIRST], **ASKED, temperature=0, prompt_cache=cache)
+    assert not twin.training and len(cache) == 0
 
 
 OTHERS = {

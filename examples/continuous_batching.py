@@ -1,6 +1,6 @@
 """Requests that come and go in one batch, each with settings and a seed of its own, streamed as they are drawn.
 
-python examples/continuous_batching.py MODEL
+python examples/continuous_batching.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import sys
@@ -36,4 +36,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Evaluate a model on a task of your own by lm-evaluation-harness.
 
-python examples/evaluate.py MODEL
+python examples/evaluate.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 
 Needs the extra `lm-eval`. With `TaskManager()` in place of the local folder, any task of the harness can be named.
 """
@@ -40,4 +40,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Answer multiple-choice questions by log-probability; the common header and each question are read once.
 
-python examples/multiple_choice.py MODEL
+python examples/multiple_choice.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import sys
@@ -28,4 +28,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

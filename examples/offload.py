@@ -1,6 +1,6 @@
 """Run a model that does not fit the memory: some layers stay on the disk and are fetched in each step.
 
-python examples/offload.py MODEL
+python examples/offload.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import sys
@@ -24,4 +24,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -66,4 +66,6 @@ def next_token(llama: Llama, text: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Echo with log-probabilities for a ragged batch, one random stream per prompt, and the perplexity of texts.
 
-python examples/prompt_logprobs.py MODEL
+python examples/prompt_logprobs.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import math
@@ -34,4 +34,6 @@ def perplexity(logprobs: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

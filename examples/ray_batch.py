@@ -39,4 +39,6 @@ def main(name: str, asked: str, answered: str, actors: str = "1") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Several samples of each prompt, which come out the same in any batch, with the probability of each.
 
-python examples/several_samples.py MODEL
+python examples/several_samples.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import math
@@ -27,4 +27,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Show each token with its log-probability as soon as it is drawn: a processor sees the logits, a streamer the token.
 
-python examples/streaming_logprobs.py MODEL
+python examples/streaming_logprobs.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import sys
@@ -39,4 +39,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,8 @@
 """Complete prompts as a script for the `llama` package does; only its import line is another.
 
 python examples/text_completion.py CKPT_DIR TOKENIZER_PATH
+
+The bundled model: CKPT_DIR is hf_llama_sampling/tiny_llama, TOKENIZER_PATH its tokenizer.model.
 """
 
 import sys
@@ -24,4 +26,6 @@ def main(ckpt_dir: str, tokenizer_path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """LLAMA2's distribution under transformers' own `generate`, on any causal language model.
 
-python examples/warpers_in_transformers.py MODEL
+python examples/warpers_in_transformers.py MODEL  # hf_llama_sampling/tiny_llama is the bundled one
 """
 
 import sys
@@ -30,4 +30,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -5,6 +5,8 @@ Wiring only. torch and transformers take seconds to import, so this module impor
 
 import argparse
 import contextlib
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from .checks import check_int, check_seeds, seeds_as_given
 from .console import (
+    bars_on_terminals,
     check_stdout,
     exit_on_interrupt,
     leave_stdout,
@@ -48,6 +51,11 @@ _LEAST = {
     "stride": 1,
 }
 _SCORES = ("logprobs", "logprobs_of", "sampling_logprobs")
+# Options of other programs, by the name that they have here.
+_MEANT = {
+    **dict.fromkeys(("--max-tokens", "--max-new-tokens", "--max_tokens", "--max_new_tokens"), "--max-gen-len"),
+    **dict.fromkeys(("--max-length", "--max_length"), "--max-seq-len"),
+}
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
 
@@ -55,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. A refusal is one sentence on standard error, and status 2."""
     name = "hf-llama-sampling"
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parse(argv)
         name = f"{name} {arguments.command}"
         with standard_streams():
             _check(arguments)
@@ -275,20 +283,23 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     check_stdout("lm-eval")
     with exit_on_interrupt():
         from .evaluation.files import check_target, write_whole
-        from .evaluation.report import evaluate, is_results
+        from .evaluation.report import evaluate, find_tasks, is_results
 
     target = None if arguments.output is None else check_target(arguments.output, [0, 1], "file of results", is_results)
+    names = [name for name in arguments.tasks.split(",") if name]
+    manager = find_tasks(names, arguments.include_path)
     llama = _load(arguments)
-    table, results = evaluate(
-        llama,
-        [name for name in arguments.tasks.split(",") if name],
-        include_path=arguments.include_path,
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        seeds=arguments.seed,
-        apply_chat_template=arguments.apply_chat_template,
-    )
+    with bars_on_terminals():
+        table, results = evaluate(
+            llama,
+            names,
+            manager,
+            num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            seeds=arguments.seed,
+            apply_chat_template=arguments.apply_chat_template,
+        )
     write(table)
     if target is not None:
         write_whole(target, results)
@@ -349,13 +360,33 @@ def _check_unicode(text: str) -> None:
         raise ValueError(f"a prompt must be valid Unicode, and {text!r} is not: put it into a file in UTF-8") from None
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; refuse what no command knows with the usage of the command that it was given to."""
+    arguments, rest = _parser().parse_known_args(argv)
+    texts = next((getattr(arguments, name) for name in ("prompts", "files") if hasattr(arguments, name)), None)
+    unknown = next((word for word in rest if word.startswith("-") and word != "-"), None)
+    if unknown is not None:
+        name = unknown.partition("=")[0]
+        options = re.findall(r"--[\w-]+", arguments.sub.format_usage())
+        near = [o for o in options if o == _MEANT.get(name)] or difflib.get_close_matches(
+            name, options, n=1, cutoff=0.7
+        )
+        hint = f"did you mean {near[0]}?" if near else "--help lists what it has"
+        arguments.sub.error(f"{arguments.command} has no option {name}: {hint}")
+    if rest and texts is None:
+        arguments.sub.error(f"{arguments.command} has no place for {rest[0]!r}: --help lists what it takes")
+    if texts is not None:
+        texts += rest  # argparse takes prompts and files from one place of the line, and leaves the others over
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     """The whole command."""
     parser = argparse.ArgumentParser(
         prog="hf-llama-sampling", description="LLAMA2's generation, exactly, on any transformers causal language model."
     )
     parser.add_argument("--version", action="version", version=f"hf-llama-sampling {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     for add in (_add_complete, _add_chat, _add_batch, _add_score, _add_parity, _add_lm_eval):
         add(commands)
@@ -524,7 +555,7 @@ def _command(commands: Any, name: str, run: Any, what: str, more: str = "") -> a
     sub: argparse.ArgumentParser = commands.add_parser(
         name, help=what, description=f"{what[0].upper()}{what[1:]}. {more}".strip()
     )
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, sub=sub)
     return sub
 
 

@@ -209,6 +209,26 @@ class Nowhere:
 
 
 @contextlib.contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Libraries' progress bars by tqdm, whoever makes them, go to a terminal's standard error, and nowhere else."""
+    from tqdm import tqdm
+
+    if on_terminal(sys.stderr):
+        yield
+        return
+    shown = tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **options: Any) -> None:
+        shown(bar, *arguments, **{**options, "disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown
+
+
+@contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Bars and notices of loading go to a terminal's standard error, and nowhere else."""
     terminal = on_terminal(sys.stderr)
@@ -218,7 +238,7 @@ def quiet_loading() -> Iterator[None]:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
     target: Any = sys.stderr if terminal else Nowhere()
-    with contextlib.redirect_stdout(target):
+    with contextlib.redirect_stdout(target), bars_on_terminals():
         yield
 
 

@@ -148,6 +148,23 @@ def test_what_argparse_refuses_is_status_2_too(arguments, capsys):
     assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["complete", "x", "--temprature", "1"], ["batch", "a", "b", "c"], ["chat", "x"]])
+def test_what_a_command_does_not_know_is_refused_with_its_own_usage(arguments, capsys):
+    """Not with that of `hf-llama-sampling`, which names no option."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"usage: hf-llama-sampling {arguments[0]} [-h]")
+
+
+def test_prompts_may_stand_on_both_sides_of_an_option(capsys):
+    """In their order; argparse by itself takes those of one side."""
+    asked = ["complete", "The king", "--max-gen-len", "2", "ROMEO:", "--temperature", "0", "O", "--json"]
+    assert main(asked) == 0
+    prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert prompts == ["The king", "ROMEO:", "O"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -158,3 +158,19 @@ def test_interrupt_handlers_are_put_back():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_bars_are_shown_on_a_terminal_only(monkeypatch):
+    """Whoever makes them, and whether or not they ask to be shown; afterwards all is as it was."""
+    from tqdm.auto import tqdm
+
+    shown = {}
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with console.bars_on_terminals():
+            list(tqdm(range(3), disable=False))
+        shown[type(stream)] = stream.getvalue()
+    assert shown[io.StringIO] == "" and "3/3" in shown[Terminal]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    list(tqdm(range(3)))
+    assert "3/3" in sys.stderr.getvalue()

@@ -1,14 +1,19 @@
 """The public surface, the bundled model, and what the built wheel carries."""
 
+import ast
 import email
+import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
 import torch
+import transformers
 import yaml
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama_sampling
@@ -118,6 +123,36 @@ def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], str(citation["date-released"]), citation["license"]) == (version, day, "Apache-2.0")
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_what_the_package_imports_is_declared():
+    """Each distribution that a module imports stands among the dependencies or the extras, not only among theirs."""
+    trees = [ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module}
+    foreign = {name.partition(".")[0] for name in named} - sys.stdlib_module_names - {PACKAGE.name}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [
+        requirement for name in ("lm-eval", "report", "gguf") for requirement in project["optional-dependencies"][name]
+    ]
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in (*project["dependencies"], *extras)}
+    assert {"torch", "transformers", "packaging"} <= foreign <= declared
+
+
+def test_the_oldest_python_is_the_one_that_transformers_asks_for():
+    """pyproject.toml, its classifiers, both READMEs and docs/versions.md name the same floor."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    classified = [line.rpartition(" :: ")[2] for line in project["classifiers"] if ":: Python :: 3." in line]
+    assert classified[0] == oldest
+    if Version(transformers.__version__).release[:2] == Version(OLDEST).release:  # a newer one may ask for more
+        assert importlib.metadata.metadata("transformers")["Requires-Python"].startswith(f">={oldest}")
+    assert all(f"Python >= {oldest}" in (ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    tested = re.search(
+        r"^\| Python \| ([\d.]+).*? \| (.*) \|$", (ROOT / "docs" / "versions.md").read_text(), re.MULTILINE
+    )
+    assert tested[1] == oldest and all(release in tested[2] for release in classified)
 
 
 def test_the_oldest_transformers_is_said_once():

@@ -5,10 +5,9 @@ Each `type: ignore` stands on a wrong call: mypy complains of one that hides no 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import torch
-from typing_extensions import assert_type
 
 from hf_llama_sampling import (
     ChatPrediction,

@@ -308,8 +308,6 @@ class RecordReader:
     def _text_tokens(self, name: str, text: Any, *, bare: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a text, got {type(text).__name__}: token ids go into prompt_tokens")
-        if not text:
-            raise ValueError(f"{name} must not be empty: to start from nothing, give the BOS in prompt_tokens")
         tokenizer = self.llama.tokenizer
         ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0 and not bare, eos=False)
         if not ids:

@@ -74,14 +74,14 @@ def run(
 ) -> Summary:
     """Answer every record of a JSONL file, in its order.
 
-    A record holds one of `prompt` (text, put after a BOS), `prompt_tokens` (ids, taken as they are) and `messages` (a
-    dialog: in the tokenizer's own chat format if it came with one, else in LLAMA2's), and may hold `temperature`,
-    `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`), `stop` (a string or several; or
-    `stop_strings`, `stop_sequences`), `seed` and `logprobs_of` of its own, and an `id` (or `task_id`, `custom_id`,
-    ...): any JSON value, returned as it is spelled. Its answer holds `id`, `generation`, `tokens`, `finish_reason`,
-    `stop_reason` where there were stop strings, `seed`, and on request `logprobs`, `top_logprobs`, `logprobs_of`,
-    `prompt_tokens`, `prompt_logprobs` and what `sampling_logprobs` adds. A record that cannot be answered becomes
-    `{"id": ..., "error": ..., "line": ...}` and is logged.
+    A record holds one of `prompt` (text, put after a BOS; an empty one is the BOS alone), `prompt_tokens` (ids, taken
+    as they are) and `messages` (a dialog: in the tokenizer's own chat format if it came with one, else in LLAMA2's),
+    and may hold `temperature`, `top_p`, `max_gen_len` (or `max_tokens`, `max_new_tokens`, `max_completion_tokens`),
+    `stop` (a string or several; or `stop_strings`, `stop_sequences`), `seed` and `logprobs_of` of its own, and an `id`
+    (or `task_id`, `custom_id`, ...): any JSON value, returned as it is spelled. Its answer holds `id`, `generation`,
+    `tokens`, `finish_reason`, `stop_reason` where there were stop strings, `seed`, and on request `logprobs`,
+    `top_logprobs`, `logprobs_of`, `prompt_tokens`, `prompt_logprobs` and what `sampling_logprobs` adds. A record that
+    cannot be answered becomes `{"id": ..., "error": ..., "line": ...}` and is logged.
 
     - Output line n answers input line n; empty lines at the end are no records. In float32 the answers do not depend on
       batch, window or number of processes, up to the rounding of the logits; with the batch settings as they were, not
@@ -509,7 +509,7 @@ def _interrupted(output: str) -> str:
 
 
 def _describe(summary: Summary) -> str:
-    if not summary.answered:
+    if summary.records and not summary.answered:
         return f"complete already: {summary.records} records, {summary.errors} errors, {summary.tokens} tokens"
     kept = summary.records - summary.answered
     earlier = f" ({kept} of them by an earlier run)" if kept else ""

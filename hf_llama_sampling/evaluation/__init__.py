@@ -13,5 +13,5 @@ __all__ = ["LlamaLM"]
 
 def __getattr__(name: str) -> Any:
     if name == "LlamaLM":
-        raise ImportError("LlamaLM needs lm-evaluation-harness: pip install 'hf-llama-sampling[lm-eval]'")
+        raise ImportError("LlamaLM needs lm-evaluation-harness: pip install lm_eval (this package's extra lm-eval)")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

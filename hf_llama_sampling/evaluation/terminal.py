@@ -132,4 +132,4 @@ def _console() -> Any:
 @functools.cache
 def _say_what_is_missing() -> None:
     """Say once per process that rich is missing."""
-    say("colours need rich: pip install 'hf-llama-sampling[report]'")
+    say("colours need rich: pip install rich")

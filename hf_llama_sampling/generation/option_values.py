@@ -8,7 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..checks import check_int, to_list, to_scalar
+import torch
+from transformers import CompileConfig
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+from ..checks import check_choice, check_int, to_list, to_scalar
 
 Check = Callable[[str, Any, int], Any]
 
@@ -121,6 +125,26 @@ def _seconds(name: str, value: Any, _: int) -> float:
     return _number(name, value, above=0)
 
 
+def _cache_kind(name: str, value: Any, _: int) -> str:
+    """Check the name of a cache; transformers' own offloaded ones fail where there is no accelerator."""
+    check_choice(name, value, sorted(ALL_CACHE_IMPLEMENTATIONS))
+    if "offloaded" in value and not torch.accelerator.is_available():
+        raise ValueError(f"{name}={value!r} moves a GPU's cache to the CPU, and torch finds no GPU here: leave it out")
+    return str(value)
+
+
+def _cache_settings(name: str, value: Any, _: int) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of the cache's settings, got {value!r}: leave it out for the defaults")
+    return dict(value)
+
+
+def _compile_config(name: str, value: Any, _: int) -> CompileConfig:
+    if not isinstance(value, CompileConfig):
+        raise TypeError(f"{name} must be a CompileConfig of transformers, got {value!r}: make one, or leave it out")
+    return value
+
+
 def _strings(name: str, value: Any, _: int) -> list[str]:
     listed = [value] if isinstance(value, str) else to_list(value)
     if listed is None or not all(isinstance(text, str) for text in listed):
@@ -151,4 +175,7 @@ _CHECKS: dict[str, Check] = {
     "max_time": _seconds,
     "prefill_chunk_size": _size,
     "max_cache_len": _size,
+    "cache_implementation": _cache_kind,
+    "cache_config": _cache_settings,
+    "compile_config": _compile_config,
 }

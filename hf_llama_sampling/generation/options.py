@@ -282,6 +282,8 @@ def _check_kinds(call: Call) -> None:
                 raise TypeError(
                     f"{name} must be a list of functions of {call_of}, got the class {one.__name__}: make one of it"
                 )
+    if call.to_loop.get("synced_gpus") is not None:
+        check_bool("synced_gpus", call.to_loop["synced_gpus"])
     allowed = call.to_loop.get("prefix_allowed_tokens_fn")
     if allowed is not None and not callable(allowed):
         raise TypeError(f"prefix_allowed_tokens_fn must be a function of (row, input_ids), got {allowed!r}: pass one")

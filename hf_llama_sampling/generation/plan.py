@@ -244,9 +244,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
     check_choice("compat", request.compat, ("fixed", "meta"))
     echo = check_bool("echo", request.echo)
-    logprobs = check_bool(
-        "logprobs", request.logprobs, f"for the best tokens at each position give top_logprobs={request.logprobs}"
-    )
+    logprobs = check_bool("logprobs", request.logprobs, "for the best tokens at each position give top_logprobs=k")
     top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
     named = check_named_ids(request.logprobs_of, len(prompts), vocab_size)
     sampling_logprobs = check_bool("sampling_logprobs", request.sampling_logprobs)

@@ -386,7 +386,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             ):
                 processor = super()._create_batch_processor()
         except RuntimeError as error:
-            if offload and "pin_memory" in str(error):
+            if offload and not torch.accelerator.is_available():
                 raise ValueError(
                     f"cpu_offload_space={offload} keeps caches in pinned memory beside a device, and there is no "
                     "device here: leave it out, and requests that make room are read again"

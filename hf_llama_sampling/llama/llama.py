@@ -31,7 +31,7 @@ from ..text.tokens import TokenSpeller
 from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
 from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .inputs import as_dialogs, as_rows, as_texts
-from .loading import check_checkpoint, load_model, load_tokenizer, vocab_sizes
+from .loading import check_checkpoint, load_model, load_tokenizer, load_tokenizer_beside, vocab_sizes
 from .named_tokens import LogprobsOf, named_ids
 from .placement import DeviceMap, MaxMemory, choose_placement
 from .reference_model import with_reference_interface
@@ -187,7 +187,7 @@ class Llama:
         torch.manual_seed(check_int("seed", seed, least=-(2**63), most=2**64 - 1))
         placement = choose_placement(dtype, device_map, max_memory, offload_folder, model_parallel_size)
         check_checkpoint(ckpt_dir)
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer_beside(ckpt_dir, tokenizer_path)
         model = load_model(ckpt_dir, placement, max_seq_len=max_seq_len, tokenizer=tokenizer)
         limits: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         llama = Llama(model, tokenizer, **limits, compat=compat, schedule=schedule, keep_cache=keep_cache)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_int
@@ -110,9 +111,12 @@ def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedMode
     except OSError as error:
         if Path(source).exists():
             raise
-        raise FileNotFoundError(
-            f"{_FORMS}, and {source!r} is none that can be had here ({str(error).splitlines()[0]}): check the name"
-        ) from error
+        raise _not_to_be_had(source, error) from error
+
+
+def _not_to_be_had(source: str, error: BaseException) -> FileNotFoundError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return FileNotFoundError(f"{_FORMS}, and {source!r} is none that can be had here ({reason}): check the name")
 
 
 def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
@@ -125,8 +129,17 @@ def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         return str(path), {} if (path / "config.json").is_file() else {"gguf_file": _only_gguf(path)}
     if not is_hub_id(str(name)):
-        raise FileNotFoundError(f"{_FORMS}, and {str(name)!r} does not exist: check the path")
+        raise FileNotFoundError(f"{_FORMS}, and {str(name)!r} does not exist: check the path{_or_hub_id(str(name))}")
     return str(name), {}
+
+
+def _or_hub_id(name: str) -> str:
+    """The second way out of a path that does not exist, where it may have been meant as a Hub id."""
+    if not _is_repository_name(name):
+        return ""
+    if "/" in name:
+        return f", or fetch the Hub's repository of this name first (hf download {name})"
+    return ", or give a Hub id with its owner (owner/name)"
 
 
 def _only_gguf(folder: Path) -> str:
@@ -142,6 +155,19 @@ def _only_gguf(folder: Path) -> str:
 
 
 # Tokenizers
+
+
+def load_tokenizer_beside(
+    ckpt_dir: str | Path, source: str | Path | TokenizerLike | PreTrainedTokenizerBase
+) -> TokenizerLike:
+    """Load the tokenizer; if it has the checkpoint's own Hub id, and that cannot be had, name the checkpoint."""
+    try:
+        return load_tokenizer(source)
+    except FileNotFoundError as error:
+        name = str(ckpt_dir)
+        if str(source) != name or Path(name).exists() or _in_hub_cache(name):
+            raise
+        raise _not_to_be_had(name, error.__cause__ or error) from error
 
 
 def load_tokenizer(source: str | Path | TokenizerLike | PreTrainedTokenizerBase) -> TokenizerLike:
@@ -196,11 +222,24 @@ def _load_transformers_tokenizer(name: str, **options: str) -> TransformersToken
         return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
     except OSError as error:
         raise FileNotFoundError(
-            f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r}: check "
-            "the name, or give the path of a SentencePiece file"
+            f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r} "
+            f"({str(error).splitlines()[0].rstrip('.')}): check the name, or give the path of a SentencePiece file"
         ) from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is not a path may be a repository: a mistyped path must not be looked up on the Hub."""
+    """Whether to ask the Hub for a name that is no path, `owner/name` or one that its cache holds.
+
+    A mistyped path must not be looked up there: without a network that costs a minute of retries.
+    """
+    if not _is_repository_name(name):
+        return False
+    return _in_hub_cache(name) or ("/" in name and not Path(name).parent.is_dir())
+
+
+def _is_repository_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith((".model", ".json", ".gguf"))
+
+
+def _in_hub_cache(name: str) -> bool:
+    return Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}").is_dir()

@@ -24,7 +24,6 @@ WRONG = [
     ('{"prompt": "a", "max_gen_len": 1' + "0" * 5000 + "}", "finite"),
     ({}, "one of prompt, prompt_tokens and messages, got none"),
     ({"prompt": "a", "messages": []}, "got prompt and messages"),
-    ({"prompt": ""}, "must not be empty"),
     ({"prompt": 5}, "must be a text, got int"),
     ({"prompt": "\ud800"}, "lone surrogate"),
     ({"prompt_tokens": []}, "at least one"),
@@ -184,6 +183,14 @@ def test_empty_lines_at_the_end_are_no_records(llama, tmp_path):
         answers = ask_all(llama, tmp_path, [*records, *end], name=f"out{number}")
         assert len(answers) == 3 and "error" in answers[1]
     assert ask_all(llama, tmp_path, ["", ""], name="none") == []
+
+
+def test_an_empty_prompt_is_answered_as_by_text_completion(llama, tmp_path):
+    """It is the BOS alone, as in the reference, beside any other prompt."""
+    empty, other = ask_all(llama, tmp_path, [{"prompt": ""}, {"prompt": "love"}], temperature=0, prompt_logprobs=True)
+    assert empty["prompt_tokens"] == [llama.tokenizer.bos_id] and len(other["prompt_tokens"]) > 1
+    (expected,) = llama.text_completion([""], temperature=0, max_gen_len=len(empty["tokens"]), continuing=True)
+    assert empty["generation"] == expected["generation"]
 
 
 def test_contents_may_be_lists_of_text_parts(llama, tmp_path):

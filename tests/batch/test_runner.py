@@ -191,6 +191,10 @@ def test_exit_status_and_summary(llama, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert command(source, tmp_path / "out", llama=llama) == 0
     assert capsys.readouterr().err.startswith("complete already: 3 records")
+    (tmp_path / "nothing.in").touch()
+    for _ in range(2):
+        assert command(tmp_path / "nothing.in", tmp_path / "nothing.out", llama=llama) == 0
+        assert capsys.readouterr().err.startswith("0 records, 0 errors, 0 tokens, ")
     write(source, [*some_records(3), "{bad"])
     assert command(source, tmp_path / "out", llama=llama) == 2
     assert capsys.readouterr().err.startswith("hf-llama-sampling batch: the output")

@@ -67,6 +67,16 @@ def test_example_runs(name, monkeypatch, capsys, templated):
     assert PRINTED[name] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted({*ARGUMENTS, "plot_sampling.py", "demo.py"} - {*HARNESS}))
+@pytest.mark.parametrize("given", [0, 5])
+def test_example_says_its_usage(name, given, monkeypatch):
+    """Without its arguments, or with too many, it prints its docstring, which holds the command."""
+    monkeypatch.setattr(sys, "argv", [name, *"x" * given])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert f"python examples/{name}" in str(stop.value.code)
+
+
 def test_every_example_is_run():
     """A new example needs a line here, or a test of its own."""
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*ARGUMENTS, *TESTED_ELSEWHERE}

@@ -190,11 +190,13 @@ def test_bad_values_are_refused_by_name(tiny_model, tiny_tokenizer):
         model._complete(["a"], {"max_gen_toks": 5, "do_sample": True, "temperature": 1.0, "top_k": 5}, [1])
 
 
-def test_the_command_prints_the_table(tasks, ours, tmp_path, capsys):
-    """The metrics are those of `simple_evaluate`; results are written as JSON on request."""
+def test_the_command_prints_the_table(tasks, ours, tmp_path, capfd, monkeypatch):
+    """Nothing else, in a pipe; the metrics are those of `simple_evaluate`; results are written as JSON on request."""
     where = ["--include-path", str(tasks.folder), "--output", str(tmp_path / "results.json")]
+    monkeypatch.chdir(tmp_path)  # no repository, of which git would complain
     assert main(["lm-eval", "--tasks", "local_choice", "--dtype", "float32", *where]) == 0
-    assert "local_choice" in capsys.readouterr().out
+    printed = capfd.readouterr()
+    assert "local_choice" in printed.out and printed.err == ""
     written = json.loads((tmp_path / "results.json").read_text())["results"]["local_choice"]
     metrics = outcome(evaluated(ours, tasks, "local_choice"), "local_choice")[1]
     assert {name: written[name] for name in metrics} == metrics
@@ -204,14 +206,16 @@ def test_the_command_prints_the_table(tasks, ours, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--tasks", "no_such_task_at_all"], "the harness has no task 'no_such_task_at_all'"),
+        (["--tasks", "x", "--include-path", "nowhere"], "include_path must be a folder of task files, and 'nowhere'"),
         (["--tasks", ","], "needs at least one task"),
         (["--tasks", "x", "--limit", "0"], "limit must be above 0"),
         (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot must be at least 0"),
         (["--tasks", "x", "--seed", "-1"], "seeds must"),
     ],
 )
-def test_the_command_refuses_by_name(arguments, words, capsys):
-    """Status 2 and one sentence."""
+def test_the_command_refuses_by_name(arguments, words, capsys, monkeypatch):
+    """Status 2 and one sentence, before a model is loaded."""
+    monkeypatch.setattr("hf_llama_sampling.llama.llama.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     assert main(["lm-eval", *arguments]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.out == ""

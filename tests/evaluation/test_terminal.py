@@ -55,7 +55,7 @@ def test_without_rich_a_terminal_gets_plain_text_and_one_sentence(scored, monkey
     terminal._say_what_is_missing.cache_clear()
     terminal.write_scores(scored)
     assert sys.stdout.getvalue().startswith(TEXT.replace("\x1b", "\\x1b")) and "\x1b" not in sys.stdout.getvalue()
-    assert capsys.readouterr().err == "colours need rich: pip install 'hf-llama-sampling[report]'\n"
+    assert capsys.readouterr().err == "colours need rich: pip install rich\n"
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,21 @@ def test_a_folder_that_is_no_checkpoint_is_refused(what, tmp_path):
         Llama.build(folder, TINY, 64, 1)
 
 
+def test_a_hub_id_that_cannot_be_had_is_the_checkpoints(monkeypatch):
+    """The tokenizer is asked for first, and not blamed for a name that is the checkpoint's; another name is its own."""
+
+    def fail(name, **_):
+        raise OSError(f"{name} cannot be reached.\nCheck your connection.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"^a checkpoint is .*'org/lama' is none.*\(org/lama cannot be reached\)"
+    ):
+        Llama.build("org/lama", "org/lama", 64, 1)
+    with pytest.raises(FileNotFoundError, match=r"^a tokenizer is .*'org/other' \(org/other cannot be reached\)"):
+        Llama.build("org/lama", "org/other", 64, 1)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tiny_model):
     """32,000 pieces do not fit 1,024 embeddings."""
     with pytest.raises(ValueError, match=r"32000.*1024"):

@@ -289,11 +289,16 @@ def test_load_an_object():
 
 
 @pytest.mark.parametrize(
-    "path", ["missing/tokenizer.model", "tokenizer.model", "./missing", "/missing/folder", "a/b/c"]
+    "path",
+    [
+        *("missing/tokenizer.model", "tokenizer.model", "./missing", "/missing/folder", "a/b/c"),
+        *("mistyped", "folder/mistyped", "folder\\\\mistyped", "~/folder"),
+    ],
 )
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(path, tmp_path, monkeypatch):
     """What can only be a path is not found at once; no network is asked."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match="check the path"):
         load_tokenizer(path)
@@ -311,6 +316,17 @@ def test_a_hub_id_is_given_to_transformers(monkeypatch):
     assert load_tokenizer("org/model").n_words == 257
     with pytest.raises(FileNotFoundError, match="'org/missing'"):
         load_tokenizer("org/missing")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "folder/model"])
+def test_a_hub_id_in_the_cache_is_taken(name, monkeypatch, tmp_path):
+    """Without its owner, and beside a folder of the owner's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("hf_llama_sampling.llama.loading.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / f"models--{name.replace('/', '--')}").mkdir()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: byte_level(eos_token="</s>"))
+    assert load_tokenizer(name).n_words == 257
 
 
 def test_a_gguf_file_is_given_to_transformers(monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ from .console import (
     say,
     standard_streams,
     write,
+    write_best,
     write_json,
     write_logprobs,
     write_named,
@@ -50,7 +51,7 @@ _LEAST = {
     "num_fewshot": 0,
     "stride": 1,
 }
-_SCORES = ("logprobs", "logprobs_of", "sampling_logprobs")
+_SCORES = ("logprobs", "top_logprobs", "logprobs_of", "sampling_logprobs")
 # Options of other programs, by the name that they have here.
 _MEANT = {
     **dict.fromkeys(("--max-tokens", "--max-new-tokens", "--max_tokens", "--max_new_tokens"), "--max-gen-len"),
@@ -92,6 +93,7 @@ def complete(arguments: argparse.Namespace) -> int:
     with progress(arguments.max_gen_len) as streamer:
         answers = llama.text_completion(
             prompts,
+            details=arguments.json and arguments.logprobs,
             streamer=streamer,
             **_completion_options(arguments),
         )
@@ -110,6 +112,9 @@ def complete(arguments: argparse.Namespace) -> int:
             write_table(
                 answer["tokens"], {name: answer[name] for name in ("logprobs", *SAMPLING_LOGPROBS) if name in answer}
             )
+        if arguments.top_logprobs:
+            best = [[(llama.speller.name_of(token), value) for token, value in top] for top in answer["top_logprobs"]]
+            write_best(answer["tokens"], best)
         if arguments.logprobs_of:
             names = [str(token) for token in arguments.logprobs_of]
             write_named(answer["tokens"], names, answer["logprobs_of"])
@@ -137,6 +142,7 @@ def _completion_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_p": arguments.settings.top_p,
         "max_gen_len": arguments.max_gen_len,
         "logprobs": arguments.logprobs,
+        "top_logprobs": arguments.top_logprobs,
         "logprobs_of": arguments.logprobs_of,
         "sampling_logprobs": arguments.sampling_logprobs,
         "echo": arguments.echo,
@@ -417,6 +423,9 @@ def _add_complete(commands: Any) -> None:
     _stop_option(sub)
     sub.add_argument("--echo", action="store_true", help="let the answer start with the prompt")
     sub.add_argument("--logprobs", action="store_true", help="print each token's log-probability, natural logarithm")
+    sub.add_argument(
+        "--top-logprobs", type=int, default=0, metavar="K", help="print the K best tokens at each position"
+    )
     _logprobs_options(sub, "print")
     sub.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
     sub.add_argument(

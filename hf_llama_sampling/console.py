@@ -83,10 +83,22 @@ def write_table(tokens: Sequence[str], columns: Mapping[str, Sequence[float]]) -
 
 def write_named(tokens: Sequence[str], names: Sequence[str], found: Sequence[Sequence[tuple[int, float, int]]]) -> None:
     """Print a line per token, with the logprob and the rank of each named token."""
+    named = [
+        "".join(f"  {name} {value:.4f} #{rank}" for name, (_, value, rank) in zip(names, place, strict=False))
+        for place in found
+    ]
+    _write_lines(tokens, named)
+
+
+def write_best(tokens: Sequence[str], found: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """Print a line per token, with the best tokens in its place and their logprobs."""
+    _write_lines(tokens, ["".join(f"  {name!r} {value:.4f}" for name, value in place) for place in found])
+
+
+def _write_lines(tokens: Sequence[str], lines: Sequence[str]) -> None:
     width = max((len(repr(token)) for token in tokens), default=0)
-    for token, place in zip(tokens, found, strict=True):
-        named = "".join(f"  {name} {value:.4f} #{rank}" for name, (_, value, rank) in zip(names, place, strict=False))
-        write(f"  {token!r:{width}}{named}")
+    for token, line in zip(tokens, lines, strict=True):
+        write(f"  {token!r:{width}}{line}")
 
 
 @contextlib.contextmanager

@@ -56,6 +56,27 @@ def test_complete_logprobs_are_printed_beside_their_tokens(capsys):
         assert f"{token!r} {value:.4f}" in printed
 
 
+def test_complete_names_ids_bytes_reasons_and_best_tokens(capsys):
+    """In JSON beside the logprobs, in a stream's events, and in text a line per token, special tokens by name."""
+    call = ["complete", "ROMEO:", "--max-gen-len", "4", "--temperature", "0", "--top-logprobs", "2"]
+    assert main([*call, "--logprobs", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    llama = Llama.build(BUNDLED, BUNDLED, None, None)
+    capsys.readouterr()
+    made = llama.completions(["ROMEO:"], temperature=0, max_gen_len=4, logprobs=2)["choices"][0]
+    assert [llama.text_of([token]) for token in answer["ids"]] == answer["tokens"]
+    assert (answer["bytes"], answer["finish_reason"]) == (made["logprobs"]["bytes"], "length")
+    assert [top[0][0] for top in answer["top_logprobs"]] == answer["ids"]  # greedy
+    assert main([*call, "--stream", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["top"] for event in events[:-1]] == answer["top_logprobs"]
+    assert main(call) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    for line, token, best in zip(lines, answer["tokens"], made["logprobs"]["top_logprobs"], strict=True):
+        assert line.strip().startswith(repr(token))
+        assert all(f"  {name!r} {value:.4f}" in line for name, value in best.items())
+
+
 def test_complete_prints_named_tokens_and_the_three_distributions(capsys):
     """In JSON as `text_completion` gives them; in text a line per token, with a column or a pair for each."""
     asked = ["--logprobs-of", " king", "--logprobs-of", "5", "--logprobs-of", "text:I", "--sampling-logprobs"]

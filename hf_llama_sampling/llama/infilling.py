@@ -17,10 +17,16 @@ class _Infilling(TypedDict):
 
 
 class InfillingPrediction(_Infilling, total=False):
-    """Text between a prefix and a suffix, and the three together; `tokens` (pieces) and `logprobs` where asked for."""
+    """Text between a prefix and a suffix, and the three together; all else where asked for, `tokens` as pieces."""
 
     tokens: list[str]
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
+    logprobs_of: list[list[tuple[int, float, int]]]
+    temperature_logprobs: list[float]
+    sampled_logprobs: list[float]
+    nucleus_mass: list[float]
+    stop_reason: str | None
 
 
 class InfillingIds(NamedTuple):

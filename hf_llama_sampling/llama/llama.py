@@ -22,7 +22,7 @@ from ..generation.model_info import check_positions, context_of, eos_ids_of, ref
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.prompt_cache import PromptCache
 from ..generation.schedule import Schedule
-from ..generation.scoring import NamedLogprobs
+from ..generation.scoring import NamedLogprobs, TopLogprobs
 from ..generation.streaming import stream_events
 from ..generation.trimming import Compat
 from ..text.openai import completions
@@ -39,8 +39,8 @@ from .tokenizer import TokenizerLike, TransformersTokenizer
 
 ChatFormat = Literal["auto", "llama2", "template"]
 
-_WithDetails = tuple[list[list[int]], list[list[float]] | None, dict[str, list[list[Any]]]]
-_FLAG_WAY_OUT = "for the best tokens at each place call model.generate(..., top_logprobs=k)"
+_WithDetails = tuple[list[list[int]], list[list[float]] | None, dict[str, list[Any]]]
+_FLAG_WAY_OUT = "for the best tokens at each place give top_logprobs=k"
 
 
 class _Completion(TypedDict):
@@ -51,7 +51,11 @@ class CompletionPrediction(_Completion, total=False):
     """The answer of `text_completion` to a prompt; all but `generation` where asked for, `tokens` one string each."""
 
     tokens: list[str]
+    ids: list[int]
+    bytes: list[list[int]]
+    finish_reason: str | None
     logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
     logprobs_of: list[NamedLogprobs]
     temperature_logprobs: list[float]
     sampled_logprobs: list[float]
@@ -67,7 +71,11 @@ class ChatPrediction(_Chat, total=False):
     """The answer of `chat_completion` to a dialog; all but `generation` where asked for, `tokens` one string each."""
 
     tokens: list[str]
+    ids: list[int]
+    bytes: list[list[int]]
+    finish_reason: str | None
     logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
     logprobs_of: list[NamedLogprobs]
     temperature_logprobs: list[float]
     sampled_logprobs: list[float]
@@ -222,8 +230,10 @@ class Llama:
         stop_token: int | None = ...,
         *,
         seeds: int | Sequence[int] | None = ...,
+        top_logprobs: int = ...,
         logprobs_of: LogprobsOf | None = ...,
         sampling_logprobs: bool = ...,
+        details: bool = ...,
         streamer: Any = ...,
         stopping_criteria: Any = ...,
         prompt_cache: PromptCache | None = ...,
@@ -239,8 +249,10 @@ class Llama:
         stop_token: int | None = None,
         *,
         seeds: int | Sequence[int] | None = None,
+        top_logprobs: int = 0,
         logprobs_of: LogprobsOf | None = None,
         sampling_logprobs: bool = False,
+        details: bool = False,
         streamer: Any = None,
         stopping_criteria: Any = None,
         prompt_cache: PromptCache | None = None,
@@ -257,19 +269,22 @@ class Llama:
             stop_token: the id that ends a row instead of EOS, as in Code Llama's package.
             seeds: one stream of random numbers per prompt: an int (`seed, seed + 1, ...`) or one per prompt. A prompt's
                 completion then depends on nothing else in the batch.
+            top_logprobs: how many best tokens to return at each position.
             logprobs_of: tokens whose raw logprobs and ranks to return at each position: ids, or texts of one token as
                 they stand within a text (`" Yes"` is another than `"Yes"`), in one list for all prompts or one per
                 prompt. Rank 1 is the most probable token; of equals the lower id comes first.
             sampling_logprobs: whether to return the raw logprobs, those after temperature, those after the nucleus, and
                 the nucleus' mass.
+            details: whether to return why each row ended.
             streamer: gets the tokens as they come, as transformers' streamers do.
             stopping_criteria: transformers' criteria that end rows.
             prompt_cache: what earlier calls have read, instead of this object's own (`keep_cache` of `Llama`).
 
         Returns:
-            Ids per row, cut before EOS, and logprobs beside them, or None. With `logprobs_of` or `sampling_logprobs`
-            also a dict with `"logprobs_of"` (per token a list of `(id, logprob, rank)`), `"temperature_logprobs"`,
-            `"sampled_logprobs"` and `"nucleus_mass"`, as far as asked for, beside the ids too.
+            Ids per row, cut before EOS, and logprobs beside them, or None. With `top_logprobs`, `logprobs_of`,
+            `sampling_logprobs` or `details` also a dict with `"top_logprobs"` (per token a list of `(id, logprob)`),
+            `"logprobs_of"` (of `(id, logprob, rank)`), `"temperature_logprobs"`, `"sampled_logprobs"` and
+            `"nucleus_mass"`, as far as asked for, beside the ids too, and `"finish_reason"`, one per row.
 
         Raises:
             ValueError: the batch is larger than `max_batch_size`, a prompt is empty or longer than `max_seq_len`, or a
@@ -297,15 +312,17 @@ class Llama:
             temperature=temperature,
             top_p=top_p,
             seeds=seeds,
+            top_logprobs=top_logprobs,
             logprobs_of=named,
             prompt_cache=self.prompt_cache if prompt_cache is None else prompt_cache,
             **flags,
             **_given(streamer=streamer, stopping_criteria=stopping_criteria),
         )
         assert output.tokens is not None
-        fields = _score_fields(flags, named=logprobs_of is not None)
+        fields = _score_fields(flags, top=bool(top_logprobs), named=logprobs_of is not None)
         nothing_named: list[list[Any]] = [[[] for _ in row] for row in output.tokens]
-        scores = {name: getattr(output, name) or nothing_named for name in fields}
+        scores: dict[str, Any] = {name: getattr(output, name) or nothing_named for name in fields}
+        scores |= {"finish_reason": output.finish_reason} if check_bool("details", details) else {}
         values = scores.pop("logprobs", None)
         return (output.tokens, values, scores) if scores else (output.tokens, values)
 
@@ -320,8 +337,10 @@ class Llama:
         *,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
+        top_logprobs: int = 0,
         logprobs_of: LogprobsOf | None = None,
         sampling_logprobs: bool = False,
+        details: bool = False,
         continuing: bool = False,
         streamer: Any = None,
     ) -> list[CompletionPrediction]:
@@ -333,14 +352,16 @@ class Llama:
             max_gen_len: `max_seq_len - 1` if not given.
             stop: strings that end a completion: one or several for all prompts, or a list per prompt. The text is cut
                 right before the first; tokens and logprobs are those of the tokens that lie wholly before it.
+            details: whether to return each token's id and bytes, and why the completion ended.
             continuing: whether prompt and `generation` add up to the decoded whole. If not, a completion is decoded
                 alone, as in the reference, and a SentencePiece tokenizer then drops the space that it begins with.
             others: see `generate`.
 
         Returns:
             Per prompt `{"generation": text}`, with `logprobs` also `"tokens"`, one string each, and `"logprobs"`, with
-            `stop` also `"stop_reason"`: the string that ended the text, or None. `logprobs_of` and `sampling_logprobs`
-            add `"tokens"` and fields of the names that `generate` says.
+            `stop` also `"stop_reason"`: the string that ended the text, or None. `top_logprobs`, `logprobs_of` and
+            `sampling_logprobs` add `"tokens"` and fields of the names that `generate` says, `details` adds `"tokens"`,
+            `"ids"`, `"bytes"` (a list of ints per token) and `"finish_reason"` (`"stop"` or `"length"`).
 
         Raises:
             ValueError, TypeError: as `generate`; or a prompt is no text, or a stop string is empty.
@@ -359,13 +380,15 @@ class Llama:
             logprobs=logprobs,
             echo=echo,
             **_given(seeds=seeds, streamer=streamer, stopping_criteria=_criteria(stops, ids, decoders)),
-            **_asked_beside(logprobs_of, sampling_logprobs),
+            **_asked_beside(
+                logprobs_of, sampling_logprobs=sampling_logprobs, top_logprobs=top_logprobs, details=details
+            ),
         )
         given = [len(prompt) if echo else 0 for prompt in ids]
         predictions: list[CompletionPrediction] = []
         for row, (answer, row_scores) in enumerate(_rows_with_scores(*answers)):
-            text, details = self._answer(row, answer, row_scores, given[row], stops, decoders[row])
-            predictions.append({"generation": text, **details})  # type: ignore[typeddict-item]
+            text, more = self._answer(row, answer, row_scores, given[row], stops, decoders[row])
+            predictions.append({"generation": text, **more})  # type: ignore[typeddict-item]
         return predictions
 
     def chat_completion(
@@ -379,8 +402,10 @@ class Llama:
         chat_format: ChatFormat | None = None,
         seeds: int | Sequence[int] | None = None,
         stop: Stop | None = None,
+        top_logprobs: int = 0,
         logprobs_of: LogprobsOf | None = None,
         sampling_logprobs: bool = False,
+        details: bool = False,
     ) -> list[ChatPrediction]:
         """Answer dialogs: an optional system message, then user and assistant in turn, the last from the user.
 
@@ -398,8 +423,9 @@ class Llama:
 
         Returns:
             Per dialog `{"generation": {"role": "assistant", "content": text}}`, with `logprobs` also `"tokens"`, one
-            string each, and `"logprobs"`, with `stop` also `"stop_reason"`, and the fields of `logprobs_of` and
-            `sampling_logprobs` as from `text_completion`.
+            string each, and `"logprobs"`, with `stop` also `"stop_reason"`, and the fields of `top_logprobs`,
+            `logprobs_of`, `sampling_logprobs` and `details` as from `text_completion`. What was not generated has no
+            `"finish_reason"` (None).
 
         Raises:
             ValueError, TypeError: as `generate`; or a dialog breaks a rule of the format: both are named.
@@ -426,21 +452,20 @@ class Llama:
                 top_p=top_p,
                 logprobs=logprobs,
                 **_given(seeds=row_seeds, stopping_criteria=_criteria(stops, ids, decoders)),
-                **_asked_beside(None if named is None else [named[row] for row in asked], sampling_logprobs),
+                **_asked_beside(
+                    None if named is None else [named[row] for row in asked],
+                    sampling_logprobs=sampling_logprobs,
+                    top_logprobs=top_logprobs,
+                    details=details,
+                ),
             )
             rows = enumerate(_rows_with_scores(*generated))
             answers = {
                 asked[i]: self._answer(i, answer, row_scores, 0, stops, decoders[i]) for i, (answer, row_scores) in rows
             }
-        fields = _score_fields(flags, named=named is not None)
-        nothing: dict[str, Any] = {name: [] for name in ("tokens", *fields)} if fields else {}
-        nothing |= {} if stop is None else {"stop_reason": None}
-        predictions: list[ChatPrediction] = []
-        for row, flagged in enumerate(unsafe):
-            text, details = answers.get(row, ("", nothing))
-            message: Message = {"role": "assistant", "content": UNSAFE_ERROR if flagged else text}
-            predictions.append({"generation": message, **details})  # type: ignore[typeddict-item]
-        return predictions
+        fields = _score_fields(flags, top=bool(top_logprobs), named=named is not None)
+        nothing = _nothing_generated(fields, stop, details=check_bool("details", details))
+        return [_chat_prediction(*answers.get(row, ("", nothing)), unsafe=bad) for row, bad in enumerate(unsafe)]
 
     def stream_completion(
         self,
@@ -630,6 +655,12 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         suffix_first: bool = False,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        stop: Stop | None = None,
+        top_logprobs: int = 0,
+        logprobs_of: LogprobsOf | None = None,
+        sampling_logprobs: bool = False,
     ) -> list[InfillingPrediction]:
         """Write the text between each prefix and its suffix, with a Code Llama model that was trained to infill.
 
@@ -639,11 +670,13 @@ class Llama:
             prefixes, suffixes: as many of the one as of the other, in order.
             max_gen_len: `max_seq_len - 1` if not given.
             suffix_first: whether the prompt names the suffix before the prefix.
+            stop: see `text_completion`.
             others: see `generate`.
 
         Returns:
             Per pair `{"generation": text, "full_text": prefix + text + suffix}`, with `logprobs` also `"tokens"`, one
-            vocabulary piece each (``▁he``), and `"logprobs"`. A text ends at the tokenizer's end piece.
+            vocabulary piece each (``▁he``), and `"logprobs"`, and the fields of `stop`, `top_logprobs`, `logprobs_of`
+            and `sampling_logprobs` as from `text_completion`. A text ends at the tokenizer's end piece.
 
         Raises:
             ValueError, TypeError: as `generate`; the tokenizer has no infilling pieces; or the lists differ in length.
@@ -656,25 +689,30 @@ class Llama:
             raise ReferenceAssertion(
                 f"each prefix needs its suffix, got {len(before)} prefixes and {len(after)} suffixes: give as many"
             )
-        tokens, scores = self.generate(
-            prompt_tokens=[
-                infilling_tokens(prefix, suffix, self.tokenizer, suffix_first=suffix_first)
-                for prefix, suffix in zip(before, after, strict=True)
-            ],
+        prompts = [
+            infilling_tokens(prefix, suffix, self.tokenizer, suffix_first=suffix_first)
+            for prefix, suffix in zip(before, after, strict=True)
+        ]
+        stops = None if stop is None else StopStrings(stop, len(prompts))
+        decoders: list[TextOf] = [functools.partial(continuing_text, tokenizer=self.tokenizer)] * len(prompts)
+        answers = self.generate(
+            prompt_tokens=prompts,
             max_gen_len=self._gen_len(max_gen_len),
             temperature=temperature,
             top_p=top_p,
             logprobs=logprobs,
             echo=False,
             stop_token=infilling_ids(self.tokenizer).end,
+            **_given(seeds=seeds, stopping_criteria=_criteria(stops, prompts, decoders)),
+            **_asked_beside(logprobs_of, sampling_logprobs=sampling_logprobs, top_logprobs=top_logprobs),
         )
         predictions: list[InfillingPrediction] = []
-        for place, (prefix, suffix, row) in enumerate(zip(before, after, tokens, strict=True)):
-            text = continuing_text(row, self.tokenizer)
-            prediction: InfillingPrediction = {"generation": text, "full_text": prefix + text + suffix}
-            if scores is not None:
-                prediction |= {"tokens": token_pieces(row, self.tokenizer), "logprobs": scores[place]}
-            predictions.append(prediction)
+        for row, (answer, scores) in enumerate(_rows_with_scores(*answers)):
+            text, details = self._answer(row, answer, scores, 0, stops, decoders[row])
+            if scores:
+                details["tokens"] = token_pieces(answer[: len(details["tokens"])], self.tokenizer)
+            full = before[row] + text + after[row]
+            predictions.append({"generation": text, "full_text": full, **details})  # type: ignore[typeddict-item]
         return predictions
 
     @functools.cached_property
@@ -815,13 +853,19 @@ class Llama:
         """Return a row's text, and the prediction's other fields; the first `given` tokens are an echoed prompt."""
         text = self.text_of(tokens) if given else text_of(tokens)
         details: dict[str, Any] = {}
+        reason: Any = scores.pop("finish_reason", None)
         if stops is not None:
             cut = stops.cut(row, tokens[given:], text_of)
             text = text[: len(text) - cut.dropped]
             tokens = tokens[: given + cut.tokens]
             details["stop_reason"] = cut.reason
-        if scores:
+            reason = "stop" if reason is not None and cut.reason is not None else reason
+        if scores or reason is not None:
             details["tokens"] = [self.text_of([token]) for token in tokens]
+        if reason is not None:
+            spelled = [list(self.speller.bytes_of(token)) for token in tokens]
+            details |= {"ids": tokens, "bytes": spelled, "finish_reason": reason}
+        if scores:
             details |= {name: values[: len(tokens)] for name, values in scores.items()}
         return text, details
 
@@ -882,17 +926,32 @@ def _flags(logprobs: bool, echo: bool, sampling_logprobs: bool) -> dict[str, boo
     }
 
 
-def _score_fields(flags: dict[str, bool], *, named: bool) -> list[str]:
+def _score_fields(flags: dict[str, bool], *, top: bool, named: bool) -> list[str]:
     """List the fields of a prediction that have one item per token."""
     sampling = flags["sampling_logprobs"]
-    return ["logprobs"] * (flags["logprobs"] or sampling) + [*SAMPLING_LOGPROBS] * sampling + ["logprobs_of"] * named
+    fields = ["logprobs"] * (flags["logprobs"] or sampling) + [*SAMPLING_LOGPROBS] * sampling
+    return fields + ["top_logprobs"] * top + ["logprobs_of"] * named
 
 
-def _asked_beside(logprobs_of: LogprobsOf | None, sampling_logprobs: bool) -> dict[str, Any]:
-    """Collect the keywords of `generate` that ask for further scores, if they are in use."""
-    return _given(logprobs_of=logprobs_of) | (
-        {"sampling_logprobs": sampling_logprobs} if sampling_logprobs is not False else {}
-    )
+def _chat_prediction(text: str, details: dict[str, Any], *, unsafe: bool) -> ChatPrediction:
+    message: Message = {"role": "assistant", "content": UNSAFE_ERROR if unsafe else text}
+    return {"generation": message, **details}  # type: ignore[typeddict-item]
+
+
+def _nothing_generated(fields: list[str], stop: Stop | None, *, details: bool) -> dict[str, Any]:
+    """Make the fields of a prediction for which nothing was generated."""
+    lists = ["tokens"] * bool(fields or details) + ["ids", "bytes"] * details + fields
+    ends = ["finish_reason"] * details + ["stop_reason"] * (stop is not None)
+    nothing: dict[str, Any] = {name: [] for name in lists}
+    return nothing | dict.fromkeys(ends)
+
+
+def _asked_beside(logprobs_of: LogprobsOf | None, *, top_logprobs: int = 0, **flags: bool) -> dict[str, Any]:
+    """Collect the keywords of `generate` that ask for more than tokens and logprobs, if they are in use."""
+    asked: dict[str, Any] = {name: value for name, value in flags.items() if value is not False}
+    if top_logprobs is False or top_logprobs != 0:
+        asked["top_logprobs"] = top_logprobs
+    return asked | _given(logprobs_of=logprobs_of)
 
 
 def _rows_with_scores(

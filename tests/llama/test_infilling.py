@@ -92,6 +92,35 @@ def test_generation_ends_at_the_stop_token_alone(codellama):
     assert codellama.generate(prompt, **asked, stop_token=899)[0] == [free]
 
 
+def test_infilling_takes_what_its_siblings_take(codellama):
+    """Seeds, stop strings and all scores, cut alike, as `generate` gives them; pieces beside them."""
+    prefixes, suffixes = ["a = ", "def f(x"], [" + 1", "): pass"]
+    asked = {
+        "max_gen_len": 12,
+        "seeds": [4, 9],
+        "top_logprobs": 2,
+        "logprobs_of": [[5], [6, 7]],
+        "sampling_logprobs": True,
+    }
+    whole = codellama.text_infilling(prefixes, suffixes, **asked)
+    prompts = [infilling_tokens(*pair, codellama.tokenizer) for pair in zip(prefixes, suffixes, strict=True)]
+    tokens, logprobs, more = codellama.generate(prompts, stop_token=infilling_ids(codellama.tokenizer).end, **asked)
+    for row, answer in enumerate(whole):
+        assert answer["tokens"] == token_pieces(tokens[row], codellama.tokenizer) and len(tokens[row]) > 4
+        assert answer["logprobs"] == logprobs[row] and all(answer[name] == more[name][row] for name in more)
+    alone = codellama.text_infilling(prefixes[1:], suffixes[1:], max_gen_len=12, seeds=[9])
+    assert alone[0]["generation"] == whole[1]["generation"]
+    stop = whole[0]["generation"][2:4]
+    stopped = codellama.text_infilling(prefixes, suffixes, **asked, stop=[[stop], None])
+    assert stopped[0]["generation"] == whole[0]["generation"].partition(stop)[0]
+    assert stopped[0]["full_text"] == prefixes[0] + stopped[0]["generation"] + suffixes[0]
+    assert (stopped[0]["stop_reason"], stopped[1]["stop_reason"]) == (stop, None)
+    kept = len(stopped[0]["tokens"])
+    assert kept < len(whole[0]["tokens"])
+    for name in ("tokens", "logprobs", *more):
+        assert stopped[0][name] == whole[0][name][:kept] and stopped[1][name] == whole[1][name]
+
+
 def test_bad_infilling_calls_are_named(codellama):
     """Lists of different lengths, single texts, marks that are missing, a stop token beyond the vocabulary."""
     with pytest.raises(ValueError, match="got 2 prefixes and 1 suffixes: give as many"):

@@ -49,6 +49,41 @@ def test_predictions_hold_what_was_asked_for_beside_their_tokens(llama, echo):
             assert answer["logprobs_of"] == [[]] * len(own.tokens[0])
 
 
+def test_details_are_those_of_the_completions_format(llama):
+    """Ids, bytes and reasons beside tokens and best tokens, as `completions` gives them, cut at stop strings alike."""
+    asked = {"max_gen_len": 12, "seeds": 4, "stop": [["e"], None, " zz"]}
+    answers = llama.text_completion(PROMPTS, **asked, continuing=True, details=True, logprobs=True, top_logprobs=2)
+    choices = llama.completions(PROMPTS, **asked, logprobs=2)["choices"]
+    assert {answer["finish_reason"] for answer in answers} == {"stop", "length"}
+    for answer, choice in zip(answers, choices, strict=True):
+        assert (answer["generation"], answer["finish_reason"]) == (choice["text"], choice["finish_reason"])
+        assert (answer["bytes"], answer["logprobs"]) == (
+            choice["logprobs"]["bytes"],
+            choice["logprobs"]["token_logprobs"],
+        )
+        assert [llama.text_of([token]) for token in answer["ids"]] == answer["tokens"]
+        for place, best in enumerate(answer["top_logprobs"]):
+            named = {llama.speller.name_of(token): value for token, value in best}
+            assert named.items() <= choice["logprobs"]["top_logprobs"][place].items() and len(best) == 2
+    (bare,) = llama.text_completion(PROMPTS[:1], max_gen_len=4, seeds=4, details=True)
+    assert bare.keys() == {"generation", "tokens", "ids", "bytes", "finish_reason"}
+
+
+def test_best_tokens_and_details_of_dialogs(tiny_model):
+    """As the engine gives them for the same prompt; what is not generated has none."""
+    llama = Llama(tiny_model, str(TINY), max_seq_len=128, compat="fixed")
+    dialogs = [[{"role": "user", "content": text}] for text in ("Hi", "[INST]")]
+    one, unsafe = llama.chat_completion(
+        dialogs, max_gen_len=4, seeds=1, chat_format="llama2", top_logprobs=3, details=True
+    )
+    ids = llama.encode_dialog(dialogs[0], "llama2")
+    own = llama.model.generate([ids], max_gen_len=4, seeds=[1], max_seq_len=128, top_logprobs=3, logprobs=True)
+    assert (one["ids"], one["finish_reason"]) == (own.tokens[0], own.finish_reason[0])
+    assert flat(one["top_logprobs"]) == pytest.approx(flat(own.top_logprobs[0]), abs=ROUNDING)
+    assert one.keys() == unsafe.keys() and unsafe["finish_reason"] is None
+    assert all(unsafe[name] == [] for name in ("tokens", "ids", "bytes", "top_logprobs"))
+
+
 def test_generate_adds_a_dict(llama):
     """Its two answers stay as they are, and what was asked for comes third."""
     ids = [llama.tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
@@ -58,6 +93,10 @@ def test_generate_adds_a_dict(llama):
     assert (tokens, logprobs, list(more)) == (plain[0], None, ["logprobs_of"])
     tokens, logprobs, more = llama.generate(ids, 8, seeds=2, sampling_logprobs=True)
     assert (tokens, logprobs, list(more)) == (*plain, SAMPLING[1:])
+    tokens, logprobs, more = llama.generate(ids, 8, seeds=2, top_logprobs=1, details=True)
+    assert (tokens, logprobs, list(more)) == (plain[0], None, ["top_logprobs", "finish_reason"])
+    assert [len(row) for row in more["top_logprobs"]] == [len(row) for row in tokens]
+    assert more["finish_reason"] == ["length" if len(row) == 8 else "stop" for row in tokens]
 
 
 def test_stop_strings_cut_every_field_alike(llama):

@@ -131,6 +131,17 @@ def window_of(cache: Any) -> int | None:
     return min(windows, default=None)
 
 
+def rows_of(cache: Any) -> int | None:
+    """Return how many rows a cache holds, or None if it holds nothing yet."""
+    return next((len(tensors[0]) for tensors in map(_tensors, getattr(cache, "layers", ())) if tensors), None)
+
+
+def room_of(cache: Any) -> int | None:
+    """Return how many columns a static cache has room for, or None if there is no such limit."""
+    layers = (layer for layer in getattr(cache, "layers", ()) if not getattr(layer, "is_sliding", False))
+    return min((layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")), default=None)
+
+
 def bytes_per_column(cache: Any) -> int:
     """Compute the bytes of one column of one row, rounded up, if no sliding window is full."""
     tensors = [states for layer in cache.layers for states in _tensors(layer)]

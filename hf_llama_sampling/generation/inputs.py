@@ -67,8 +67,9 @@ def _as_tensor(inputs: Any) -> Tensor | None:
     """Convert a tensor or an array of numbers to a tensor; return None for anything else."""
     if isinstance(inputs, Tensor):
         return inputs
-    if isinstance(inputs, np.ndarray) and inputs.dtype != object and inputs.ndim != 1:
-        return torch.from_numpy(np.ascontiguousarray(inputs))
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "biufc" and inputs.ndim != 1:
+        # A copy, since torch takes neither another byte order nor strides below 0, and warns of what is read-only.
+        return torch.from_numpy(np.array(inputs, dtype=inputs.dtype.newbyteorder("=")))
     return None
 
 
@@ -136,7 +137,7 @@ def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
 
 def _row_of_list(row: int, prompt: Any) -> list[int]:
     """Read one prompt as ints."""
-    if isinstance(to_scalar(prompt), int) and not isinstance(prompt, list):
+    if getattr(prompt, "ndim", 0) == 0 and isinstance(to_scalar(prompt), int):  # an array of one id is a prompt
         raise TypeError(
             "prompts must be a list of lists of token ids, got a list of ids: wrap a single prompt as [prompt]"
         )
@@ -156,6 +157,11 @@ def _rows_of_tensor(inputs: Tensor, mask: Any) -> list[list[int]]:
         raise ValueError(
             f"a tensor of prompts must be integers of shape (B, T), got {inputs.dtype} of shape {tuple(inputs.shape)}: "
             "a single prompt is inputs[None]"
+        )
+    if inputs.is_meta or getattr(mask, "is_meta", False):
+        raise ValueError(
+            "prompts and their attention_mask must hold values, and a tensor on the device meta holds none: make it on "
+            "another device"
         )
     if mask is None:
         return [list(row) for row in inputs.tolist()]

@@ -19,6 +19,7 @@ from ..sampling.rule import Draw
 from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .adapters import keeps_soft_prompts_in_cache, soft_prompts_of
+from .caches import room_of, rows_of
 from .edits import CallersCriteria, LogitEdits
 from .inference import as_ordinary
 from .inputs import beside_tokens, lay_out_beside_tokens
@@ -366,6 +367,17 @@ def _check_cache(plan: Plan, call: Call) -> None:
         raise ValueError(
             f"past_key_values must hold fewer tokens than the prompts, got {held} for prompts of {plan.start}: pass "
             "the whole text, what the cache holds included"
+        )
+    rows, room = rows_of(cache), room_of(cache)
+    if rows not in (None, len(plan.prompts)):
+        raise ValueError(
+            f"past_key_values must hold one row per row of the batch, copies of num_return_sequences among them, got "
+            f"{rows} for {len(plan.prompts)}: cache.batch_repeat_interleave(n) repeats rows"
+        )
+    if room is not None and room < plan.start + plan.steps - 1:
+        raise ValueError(
+            f"past_key_values must have room for prompts and new tokens, and a cache of {room} tokens is given for "
+            f"{plan.start} + {plan.steps}: make it larger"
         )
 
 

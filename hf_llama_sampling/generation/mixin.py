@@ -26,7 +26,8 @@ from .inference import in_inference_mode
 from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
-from .options import Call, resolve_alias, sort_keywords
+from .model_state import drops_cache
+from .options import Call, refuse_caches, resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
 from .plan import Plan, Request, make_plan
 from .probe import Probe
@@ -356,6 +357,9 @@ def _read_call(
     inputs = resolve_alias("inputs", inputs, "input_ids", call.to_model.pop("input_ids", None))
     mask = call.to_model.pop("attention_mask", None)
     prompts = _read_prompts(model, inputs, mask, call.options)
+    if drops_cache(model):
+        refuse_caches(call, "a model that trains with gradient checkpointing, which drops it")
+        call.options["use_cache"] = False
     for name in beside_tokens(call.to_model):
         call.to_model[name] = read_beside_tokens(name, call.to_model[name], mask, prompts)
     return call, prompts, isinstance(inputs, Tensor)
@@ -396,6 +400,8 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
     refuse_lost_soft_prompts(model)
 
     def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
+        if drops_cache(model):
+            kwargs["generation_config"].use_cache = False  # each step reads the whole text
         view = loop_view(model, in_inference_mode(model, observer, kwargs))
         return super(LlamaGenerationMixin, view).generate(*args, **kwargs)
 

@@ -52,6 +52,11 @@ def trains(model: Any) -> bool:
     return any(module.training for module in model.modules())
 
 
+def drops_cache(model: Any) -> bool:
+    """Whether transformers drops a cache that a forward is given: in training with gradient checkpointing."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _weights_of(model: Any) -> list[_Weight]:
     return [
         _Weight(weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version, (tensor.dtype, tensor.device))

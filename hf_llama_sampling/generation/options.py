@@ -295,11 +295,24 @@ def _check_kinds(call: Call) -> None:
     cache = call.to_model.get(CACHE_NAME)
     if cache is not None and not (is_object(cache) and hasattr(cache, "get_seq_length")):
         raise TypeError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}: leave it out")
+    if hasattr(cache, "cross_attention_cache"):
+        raise TypeError(
+            f"past_key_values must be a cache of a decoder alone, got {type(cache).__name__}: pass its "
+            "self_attention_cache"
+        )
     tokenizer = call.to_loop.get("tokenizer")
     if call.options.get("stop_strings") and tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise TypeError(
             f"stop_strings need a tokenizer of transformers, got {type(tokenizer).__name__}: pass the one of the model"
         )
+
+
+def refuse_caches(call: Call, model: str) -> None:
+    """Refuse all that says which cache to use; `model` says of which model it is of no use, and why."""
+    asked = [name for name in sorted(CACHING) if call.options.get(name)]
+    asked += [CACHE_NAME] if call.to_model.get(CACHE_NAME) is not None else []
+    for name in asked:
+        raise ValueError(f"{name} has no place beside {model}: call model.eval() before, or leave it out")
 
 
 def is_object(value: Any) -> bool:

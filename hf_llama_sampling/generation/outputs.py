@@ -218,7 +218,7 @@ def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str,
             for (text, length), stopped in zip(texts, rows.stopped, strict=True)
         ],
         settings=_settings_in_force(plan),
-        prompt_tokens=plan.prompts,
+        prompt_tokens=[list(prompt) for prompt in plan.prompts],
         **extras,
     )
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from .adapters import mixes_adapters, soft_prompts_of
 from .caches import can_be_shared, window_of
 from .model_info import device_of, length_limit, vocab_size_of
+from .model_state import drops_cache, trains
 from .releases import CACHE_NAME, CACHE_NAMES, cache_in
 from .view import Observer
 
@@ -32,8 +33,8 @@ _WITH_WINDOWS = {"mistral", "mixtral", "gemma2", "gemma3_text", "qwen2", "qwen3"
 # Of these, families that transformers' continuous batching (5.23) cannot run, or runs without using its pages.
 _NOT_PAGED = {"bloom", "falcon", "gpt_neo", "gptj", "codegen", "stablelm", "deepseek_v3"}
 
-# Results by model: the question's name, and the answer.
-_FOUND: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
+# Answers by model, and by the question's name and what of the model may change it.
+_FOUND: "weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], bool]]" = weakref.WeakKeyDictionary()
 
 
 class Probe:
@@ -113,18 +114,21 @@ class Probe:
         return known or _found(self.model, "requests", ask)
 
     def _holds(self, question: str, ask: Callable[[Any, Callable[..., Any]], bool]) -> bool:
-        if self.model.training or is_known(self.model):  # in training, dropout would make every comparison fail
+        if is_known(self.model):
             return True
+        if trains(self.model) and not _found(self.model, "repeats", lambda: _repeats(self.model, self.generate)):
+            return True  # dropout makes every comparison fail
         return _found(self.model, question, lambda: ask(self.model, self.generate))
 
 
 def goes_on_from_a_cache(model: Any, width: int) -> bool:
     """Whether a text of `width` tokens may continue from a prefix's cache, as far as its length matters.
 
-    It may not if rotary factors depend on the length, or if the cache has dropped tokens that the model still sees.
+    It may not if rotary factors depend on the length, or if the cache has dropped tokens that the model still sees, or
+    all, as in training with gradient checkpointing.
     """
     limit = length_limit(model)
-    return (limit is None or width <= limit) and _window_hides(model, width)
+    return (limit is None or width <= limit) and _window_hides(model, width) and not drops_cache(model)
 
 
 def _window_hides(model: Any, width: int) -> bool:
@@ -157,11 +161,18 @@ def _home_of(model_class: Any, name: str) -> Any:
 
 
 def _found(model: Any, question: str, ask: Callable[[], bool]) -> bool:
-    """Return the stored answer for this model; ask if there is none."""
+    """Return the stored answer for this model as it is now; ask if there is none."""
     answers = _FOUND.setdefault(model, {})
-    if question not in answers:
-        answers[question] = ask()
-    return answers[question]
+    key = (
+        question,
+        model.dtype,
+        trains(model),
+        drops_cache(model),
+        getattr(model.config, "_attn_implementation", None),
+    )
+    if key not in answers:
+        answers[key] = ask()
+    return answers[key]
 
 
 class _GoOn(LogitsProcessor):
@@ -263,6 +274,13 @@ def _repeats_rows(model: Any, generate: Callable[..., Any]) -> bool:
     except Exception:  # a cache of another kind, or the model does not accept it
         return False
     return equal_up_to_rounding(repeated, whole, model.dtype)
+
+
+def _repeats(model: Any, generate: Callable[..., Any]) -> bool:
+    ids = _some_ids(model, 8)[None]
+    first, _ = _logits(generate, ids, torch.ones_like(ids))
+    second, _ = _logits(generate, ids, torch.ones_like(ids))
+    return equal_up_to_rounding(second, first, model.dtype)
 
 
 def _takes_padding(model: Any, generate: Callable[..., Any]) -> bool:

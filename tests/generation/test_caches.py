@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+from hf_llama_sampling import PromptCache
 from tests.generation.helpers import RAGGED, SHORT, close
 
 
@@ -54,3 +56,59 @@ def test_a_cache_goes_from_turn_to_turn(tiny_model):
         assert torch.equal(reused.sequences, fresh.sequences)
         if asked:
             close(reused.logprobs, fresh.logprobs)
+
+
+def test_gradient_checkpointing_changes_no_answer(tiny_model):
+    """In training with it transformers drops caches: each step reads the whole text; what needs a cache is refused."""
+    model = copy.deepcopy(tiny_model)
+    model.activation_checkpointing_enable()
+    model.train()
+    for schedule in ("reference", "padded"):
+        asked = {"max_gen_len": 6, "seeds": 1, "logprobs": True, "schedule": schedule, "num_return_sequences": 2}
+        plain = tiny_model.generate(RAGGED, **asked)
+        out = model.generate(RAGGED, **asked, prompt_cache=PromptCache())
+        assert out.tokens == plain.tokens
+        close(out.logprobs, plain.logprobs)
+    close(model.score_tokens(RAGGED).logprobs, tiny_model.score_tokens(RAGGED).logprobs)
+    for name, value in {"cache_implementation": "static", "past_key_values": DynamicCache()}.items():
+        with pytest.raises(ValueError, match=f"{name} has no place beside a model that trains with gradient checkp"):
+            model.generate([SHORT], max_gen_len=2, **{name: value})
+    assert model.training and model.is_activation_checkpointing
+
+
+def test_a_call_in_training_leaves_no_verdict_behind(tiny_model):
+    """Under dropout no two forwards agree, so nothing is read in chunks; afterwards texts are, as before."""
+    model = copy.deepcopy(tiny_model)
+    for layer in model.train().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(ValueError, match="raise chunk_bytes"):
+        model.score_tokens([SHORT], chunk_bytes=1)
+    close(model.eval().score_tokens([SHORT], chunk_bytes=1).logprobs, tiny_model.score_tokens([SHORT]).logprobs)
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(1, 1), (2, 2), (3, 1)])
+def test_a_cache_of_other_rows_is_refused(tiny_model, rows, copies):
+    """One row per row of the batch, copies among them; the way out of the sentence works."""
+    prompts = torch.tensor([SHORT, SHORT])
+    with torch.no_grad():
+        held = tiny_model(prompts[:1, :-1].expand(rows, -1)).past_key_values
+    asked = {"max_gen_len": 3, "temperature": 0, "num_return_sequences": copies}
+    with pytest.raises(ValueError, match=f"got {rows} for {2 * copies}: cache.batch_repeat_interleave"):
+        tiny_model.generate(prompts, past_key_values=held, **asked)
+    if rows * copies == 4:
+        held.batch_repeat_interleave(copies)
+        out = tiny_model.generate(prompts, past_key_values=held, **asked)
+        assert torch.equal(out, tiny_model.generate(prompts, **asked))
+
+
+def test_a_cache_without_room_is_refused(tiny_model):
+    """A static cache holds prompts and new tokens, but for the last."""
+    asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": []}
+    enough = StaticCache(config=tiny_model.config, max_cache_len=len(SHORT) + 3)
+    out = tiny_model.generate([SHORT], past_key_values=enough, **asked)
+    assert out.tokens == tiny_model.generate([SHORT], **asked).tokens
+    few = StaticCache(config=tiny_model.config, max_cache_len=len(SHORT) + 2)
+    with pytest.raises(ValueError, match=f"a cache of {len(SHORT) + 2} tokens is given for {len(SHORT)} . 4"):
+        tiny_model.generate([SHORT], past_key_values=few, **asked)
+    with pytest.raises(TypeError, match="a cache of a decoder alone, got EncoderDecoderCache"):
+        tiny_model.generate([SHORT], past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), **asked)

@@ -33,6 +33,9 @@ def test_a_padded_tensor_equals_lists(tiny_model, side, schedule, pad):
         lambda rows: [[np.int64(token) for token in row] for row in rows],
         lambda rows: padded(rows, "left")["inputs"].to(torch.int32),
         lambda rows: padded(rows, "left")["inputs"].to(torch.uint8),
+        lambda rows: np.array(rows, ">i4"),
+        lambda rows: np.array(rows)[:, ::-1][:, ::-1],
+        lambda rows: np.frombuffer(np.array(rows).tobytes(), np.int64).reshape(2, -1),  # read-only
     ],
 )
 def test_prompts_come_in_many_kinds(tiny_model, make):
@@ -47,6 +50,22 @@ def test_prompts_come_in_many_kinds(tiny_model, make):
     ):
         out = tiny_model.generate(given, attention_mask=mask, max_gen_len=3, seeds=1, return_dict_in_generate=True)
         assert out.tokens == expected
+
+
+def test_an_array_of_one_id_is_a_prompt(tiny_model):
+    """A BOS alone, as a tensor or an array of one element, beside prompts of any length."""
+    expected = tiny_model.generate([[BOS], [BOS, 5]], max_gen_len=3, seeds=1).tokens
+    for kind in (np.array, torch.tensor):
+        rows = [kind([BOS]), kind([BOS, 5])]
+        assert tiny_model.generate(rows, max_gen_len=3, seeds=1).tokens == expected
+        assert len(tiny_model.score_tokens(rows[:1], bos=BOS).logprobs[0]) == 1
+
+
+def test_copies_hand_out_lists_of_their_own(tiny_model):
+    """What a caller does to one row's `prompt_tokens` is seen in no other."""
+    out = tiny_model.generate([[BOS, 5]], max_gen_len=1, temperature=0, num_return_sequences=2)
+    out.prompt_tokens[0].append(9)
+    assert out.prompt_tokens[1] == [BOS, 5]
 
 
 def test_input_ids_and_batch_encodings(tiny_model, tiny_tokenizer):

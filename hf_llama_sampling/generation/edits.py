@@ -136,7 +136,7 @@ def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[t
     for offset, rows in by_offset.items():
         places = torch.tensor(rows, device=input_ids.device)
         if len(rows) == len(plan.prompts):
-            yield places, None, input_ids[:, offset:]
+            yield places, None, input_ids[:, offset:].clone()  # callers may write to what they get
             continue
         shown = set(rows)
         source = torch.tensor([row if row in shown else rows[0] for row in everyone], device=input_ids.device)
@@ -162,7 +162,7 @@ class _Constraint(LogitsProcessor):
                 if row not in wanted:
                     continue
                 where = f" for position {input_ids.shape[1]} of row {self.plan.row_ids[row]}"
-                answer = self.allowed(self.plan.row_ids[row], input_ids[place])
+                answer = self.allowed(self.plan.row_ids[row], input_ids[place].clone())
                 tokens = check_allowed(answer, self.plan.vocab_size, where)
                 if not tokens:
                     raise ValueError(

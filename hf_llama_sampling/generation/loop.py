@@ -29,7 +29,7 @@ from .plan import Plan
 from .probe import Probe
 from .prompt_cache import ReadTexts
 from .releases import CACHE_NAME, cache_in
-from .scoring import PromptScorer, RowScores, TokenScores, chunk_of, score, score_prompts
+from .scoring import PromptScorer, RowScores, TokenScores, bytes_for, chunk_of, score, score_prompts
 from .sharing import leaves_cache, share_prefill
 
 NEVER = torch.iinfo(torch.long).max  # larger than any column
@@ -311,6 +311,11 @@ def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     whole = asked.get("output_attentions") or asked.get("output_hidden_states")
     typed = bool(beside_tokens(call.to_model))
     chunk = None if whole else chunk_of(model, generate, ids, plan.chunk_bytes, whole=typed)
+    if chunk is not None and asked.get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False reads a prompt at once, and its logits do not fit chunk_bytes: leave use_cache out, or "
+            f"raise chunk_bytes, here to {bytes_for(len(ids), plan.vocab_size, ids.shape[1])}"
+        )
     sizes = [size for size in (chunk, asked.get("prefill_chunk_size")) if size]
     return PromptScorer(
         type(model).__name__,
@@ -356,7 +361,13 @@ def _check_soft_prompts(model: Any, call: Call) -> None:
 
 
 def _check_cache(plan: Plan, call: Call) -> None:
-    """Refuse a cache that holds the whole prompt: at least one token must be left to forward."""
+    """Refuse a cache of other rows, without room, or that holds the whole prompt: one token must be left to forward."""
+    kind = call.options.get("cache_implementation")
+    if isinstance(kind, str) and "offloaded" in kind and plan.device.type == "cpu":
+        raise ValueError(
+            f"cache_implementation={kind!r} moves the cache between a device and the CPU, and this model is on the "
+            "CPU: leave it out"
+        )
     cache = call.to_model.get(CACHE_NAME)
     if cache is None:
         return
@@ -389,6 +400,11 @@ def _check_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Cal
         raise ValueError(
             f"past_key_values holds the beginning of prompts of {plan.start} tokens, and {name} goes on from it "
             "otherwise than it reads them at once: leave it out"
+        )
+    if chunk is not None and call.options.get("use_cache") is False:
+        raise ValueError(
+            f"prefill_chunk_size={chunk} reads prompts in chunks, which needs a cache, and use_cache=False gives none: "
+            "leave one of the two out"
         )
     if chunk is not None and chunk < plan.start and not probe.reads_in_pieces(plan.start):
         raise ValueError(

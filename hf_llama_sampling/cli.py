@@ -267,7 +267,7 @@ def score(arguments: argparse.Namespace) -> int:
     if "-" in files and on_terminal(sys.stdin):
         say("A text; Ctrl-D ends it.")
     texts = [("standard input" if file == "-" else file, read_file(file)) for file in files]
-    how = {name: getattr(arguments, name) for name in ("bos", "max_seq_len", "stride", "top_logprobs")}
+    how = {name: getattr(arguments, name) for name in ("bos", "max_seq_len", "stride", "top_logprobs", "logprobs_of")}
     scored = score_texts(_load(arguments), texts, **how)
     if target is not None:
         model = "tiny_llama (bundled)" if arguments.model == BUNDLED else str(arguments.model)
@@ -496,6 +496,7 @@ def _add_score(commands: Any) -> None:
     sub.add_argument(
         "--top-logprobs", type=int, default=5, metavar="K", help="most probable tokens to keep (default: %(default)s)"
     )
+    _named_option(sub, "print")
     sub.add_argument(
         "--stride",
         type=int,
@@ -605,7 +606,7 @@ def _stop_option(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _logprobs_options(sub: Any, verb: str) -> None:
+def _named_option(sub: Any, verb: str) -> None:
     sub.add_argument(
         "--logprobs-of",
         action="append",
@@ -614,6 +615,10 @@ def _logprobs_options(sub: Any, verb: str) -> None:
         help=f"{verb} the log-probability and the rank of this token at each position: an id, or a text that is one "
         "token, with the space before it if it has one (text:5 for the text 5); may repeat",
     )
+
+
+def _logprobs_options(sub: Any, verb: str) -> None:
+    _named_option(sub, verb)
     sub.add_argument(
         "--sampling-logprobs",
         action="store_true",

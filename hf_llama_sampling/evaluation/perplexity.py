@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..generation.scoring import NamedLogprobs
 from ..llama.infilling import token_pieces
 from ..llama.llama import Llama
+from ..llama.named_tokens import LogprobsOf, named_ids
 from ..llama.tokenizer import id_before
 from .pieces import Piece, pieces_of, text_after
 
@@ -100,6 +102,7 @@ class ScoredText:
         before: the id put before the text, so that its first token is scored too; None for none.
         window: size and stride of the window that slid over the text; None for a text that fits.
         llama: the model and tokenizer that scored it.
+        logprobs_of: the named ids with logprobs and ranks; empty for a token without context. None if none were named.
     """
 
     name: str
@@ -110,6 +113,7 @@ class ScoredText:
     before: int | None
     window: tuple[int, int] | None
     llama: Llama
+    logprobs_of: list[NamedLogprobs] | None = None
     _texts: dict[int, str] = field(default_factory=dict, repr=False)  # of tokens after another token
 
     @cached_property
@@ -166,7 +170,15 @@ class ScoredText:
                 [{"id": token, "token": self.token_text(place, token), "logprob": value} for token, value in top]
                 for place, top in enumerate(self.top_logprobs)
             ],
+            **({} if self.logprobs_of is None else {"logprobs_of": [*map(self._named, range(len(self.ids)))]}),
         }
+
+    def _named(self, place: int) -> list[dict[str, Any]]:
+        assert self.logprobs_of is not None
+        return [
+            {"id": token, "token": self.token_text(place, token), "logprob": value, "rank": rank}
+            for token, value, rank in self.logprobs_of[place]
+        ]
 
 
 def total(texts: Sequence[ScoredText]) -> Perplexity:
@@ -203,6 +215,7 @@ def score_texts(
     *,
     bos: Bos = None,
     top_logprobs: int = 5,
+    logprobs_of: LogprobsOf | None = None,
     max_seq_len: int | None = None,
     stride: int | None = None,
 ) -> list[ScoredText]:
@@ -213,6 +226,7 @@ def score_texts(
         texts: (name, text) each.
         bos: the id to put before each text, see `first_context`.
         top_logprobs: number of best tokens to keep at each position.
+        logprobs_of: ids, or texts of one token, whose logprobs and ranks to keep at each position.
         max_seq_len: most tokens of a window; the model's context if not given.
         stride: step of the window over a longer text; half the window if not given.
 
@@ -232,15 +246,22 @@ def score_texts(
     lengths = [len(row) + (before is not None) for row in rows]
     if stride is None and max(lengths) > size:
         stride = max(1, size // 2)
-    scored: Any = llama.model.score_tokens(rows, bos=before, top_logprobs=top_logprobs, max_seq_len=size, stride=stride)
+    named = named_ids(logprobs_of, len(rows), llama.tokenizer)
+    scored: Any = llama.model.score_tokens(
+        rows, bos=before, top_logprobs=top_logprobs, logprobs_of=named, max_seq_len=size, stride=stride
+    )
     tops = scored.top_logprobs or [[[] for _ in row] for row in rows]
+    places = scored.logprobs_of or [None] * len(rows)
     return [
         ScoredText(
             *(name, text, row, _without_blank(logprobs, before is None), top, before),
             None if stride is None or length <= size else (size, stride),
             llama,
+            place,
         )
-        for (name, text), row, logprobs, top, length in zip(texts, rows, scored.logprobs, tops, lengths, strict=True)
+        for (name, text), row, logprobs, top, place, length in zip(
+            texts, rows, scored.logprobs, tops, places, lengths, strict=True
+        )
     ]
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..console import on_terminal, say, visible, write
+from ..console import on_terminal, say, visible, write, write_named
 from .levels import LEAST, NAMES, as_percent, level_of
 from .perplexity import Perplexity, ScoredText, total
 
@@ -61,6 +61,10 @@ def write_scores(texts: Sequence[ScoredText]) -> None:
         write_figures(text.perplexity)
         write(f"{'first token':<20}  {text.first_token}")
         write_surprising(text)
+        if text.logprobs_of is not None:
+            tokens = [text.token_text(place, token) for place, token in enumerate(text.ids)]
+            named = next((found for found in text.logprobs_of if found), [])
+            write_named(tokens, [text.token_text(1, token) for token, _, _ in named], text.logprobs_of)
     if len(texts) > 1:
         write(f"\n--- all {len(texts)} texts")
         write_figures(total(texts))

@@ -9,6 +9,7 @@ import torch
 from hf_llama_sampling import Llama, Tokenizer
 from hf_llama_sampling.evaluation.levels import LEAST, NAMES, as_percent, level_of
 from hf_llama_sampling.evaluation.perplexity import Perplexity, first_context, score_texts, total
+from hf_llama_sampling.evaluation.terminal import write_scores
 from tests.bounds import ROUNDING
 from tests.conftest import TINY
 
@@ -121,6 +122,27 @@ def test_the_record_adds_up(llama):
     assert cut.count("\u4f60") == 3 and record["tokens"][0] == cut[0] == "To"
     assert [len(top) for top in record["top_logprobs"]] == [2] * len(record["ids"])
     assert record["logprob"] == pytest.approx(sum(record["logprobs"]))
+
+
+@pytest.mark.parametrize("bos", [None, False])
+def test_named_tokens_are_those_of_plain_forwards(llama, tiny_model, capsys, bos):
+    """Logprob and rank at every position that is scored, in the record and in the text that is printed."""
+    (scored,) = score_texts(llama, [("a", TEXT)], logprobs_of=[" king", 7], bos=bos)
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([[1, *scored.ids] if bos is None else scored.ids])).logits[0].double()
+    expected = logits.log_softmax(-1)[:-1]
+    found = scored.record()["logprobs_of"]
+    assert len(found) == len(scored.ids) and (bos is None or found[0] == [])
+    for place, row in zip(found if bos is None else found[1:], expected, strict=True):
+        assert [(one["id"], one["token"]) for one in place] == [(542, " king"), (7, scored.token_text(1, 7))]
+        for one in place:
+            assert one["logprob"] == pytest.approx(row[one["id"]].item(), abs=ROUNDING)
+            # The ranks that logits allow which lie within the rounding of each other.
+            above, equal = (int((row > row[one["id"]] + gap).sum()) for gap in (2 * ROUNDING, -2 * ROUNDING))
+            assert above + 1 <= one["rank"] <= equal + 1
+    write_scores([scored])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"   king {found[-1][0]['logprob']:.4f} #{found[-1][0]['rank']}  " in last
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,9 @@ def test_named_tokens_are_those_of_plain_forwards(llama, tiny_model, capsys, bos
     expected = logits.log_softmax(-1)[:-1]
     found = scored.record()["logprobs_of"]
     assert len(found) == len(scored.ids) and (bos is None or found[0] == [])
+    assert found[1][0]["token"] == " king"
     for place, row in zip(found if bos is None else found[1:], expected, strict=True):
-        assert [(one["id"], one["token"]) for one in place] == [(542, " king"), (7, scored.token_text(1, 7))]
+        assert [one["id"] for one in place] == [542, 7]
         for one in place:
             assert one["logprob"] == pytest.approx(row[one["id"]].item(), abs=ROUNDING)
             # The ranks that logits allow which lie within the rounding of each other.

@@ -391,6 +391,10 @@ class LlamaBatchingManager(ContinuousBatchingManager):
                     f"cpu_offload_space={offload} keeps caches in pinned memory beside a device, and there is no "
                     "device here: leave it out, and requests that make room are read again"
                 ) from error
+            if "Async batching requires" in str(error):
+                raise ValueError(
+                    f"use_async_batching=True needs a model on a GPU, and this one is on {device}: leave it out"
+                ) from error
             raise
         processor.model_runner._sample = functools.partial(self.sampler.store, processor.model_runner._sample)
         return processor

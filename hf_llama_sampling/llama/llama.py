@@ -305,7 +305,7 @@ class Llama:
             prompts,
             return_dict_in_generate=True,
             max_seq_len=self.max_seq_len,
-            eos_token_id=self.eos_ids if stop_token is None else check_int("stop_token", stop_token, least=0),
+            eos_token_id=self._ends(stop_token),
             compat=self._compat(echo=flags["echo"]),
             schedule=self.schedule,
             max_gen_len=max_gen_len,
@@ -797,6 +797,12 @@ class Llama:
         check_messages(dialog, "the dialog" if row is None else f"dialog {row}")
         assert isinstance(self.tokenizer, TransformersTokenizer)
         return self.tokenizer.encode_chat(dialog)
+
+    def _ends(self, stop_token: int | None) -> list[int]:
+        """Return the ids that end a row: EOS, or the one that is given in its place."""
+        if stop_token is None:
+            return self.eos_ids
+        return [check_int("stop_token", stop_token, least=0, most=vocab_size_of(self.model) - 1)]
 
     def _check_batch(self, prompts: Any) -> None:
         """Check the two conditions on a batch that the reference asserts."""

@@ -343,12 +343,19 @@ def test_a_release_without_the_api_is_refused_by_name(tiny_model, monkeypatch):
         pass
 
 
-def test_memory_for_caches_needs_a_device(tiny_model):
-    """transformers' pinned memory is not there without one: a sentence says so."""
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"cpu_offload_space": 0.001}, "cpu_offload_space=0.001 keeps caches in pinned memory"),
+        ({"use_async_batching": True}, "use_async_batching=True needs a model on a GPU, and this one is on cpu"),
+    ],
+)
+def test_what_needs_a_device_is_refused_without_one(tiny_model, options, sentence):
+    """transformers' pinned memory and its asynchronous loop: a sentence says so."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a device")
-    with pytest.raises(ValueError, match=r"cpu_offload_space=0.001 keeps caches in pinned memory"):
-        tiny_model.generate_batch(RAGGED, max_gen_len=2, continuous_batching_config=config(cpu_offload_space=0.001))
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model.generate_batch(RAGGED, max_gen_len=2, continuous_batching_config=config(**options))
 
 
 def test_the_cache_is_sized_by_the_requests(tiny_model):

@@ -30,10 +30,6 @@ TINY = PACKAGE / "tiny_llama"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 transformers.utils.logging.disable_progress_bar()
-# Properties run on the same few examples in every run, or, with HYPOTHESIS_PROFILE=long, on many new ones.
-hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
-hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
 
 # Examples that repeat, and no time limit: a test says the same on a slow machine. `make test-long` looks further.
@@ -47,6 +43,13 @@ hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("repeatable"), derandomize=False, max_examples=2000
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+def examples(few: int) -> dict[str, int]:
+    """How many examples a costly property tries: few of them by default, and as many as others in `make test-long`."""
+    profile = hypothesis.settings()
+    return {"max_examples": few if profile.derandomize else profile.max_examples}
+
 
 # Tests that use one of these fixtures get its marker, and run on one worker, so that the fixture is made once.
 MARKER_OF_FIXTURE = {

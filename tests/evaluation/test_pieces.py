@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hf_llama_sampling import Tokenizer
 from hf_llama_sampling.evaluation.pieces import pieces_of, text_after
-from tests.conftest import TINY
+from tests.conftest import TINY, examples
 
 SENTENCE = Tokenizer(TINY / "tokenizer.model")
 
@@ -31,7 +31,7 @@ def encoders():
     yield lambda text: BYTES.encode(text).ids, lambda ids: BYTES.decode(list(ids))
 
 
-@settings(max_examples=40)
+@settings(**examples(40))
 @given(st.text(alphabet="the king\n\t \u00e9\u4f60\U0001f642\u0301\u202e\ufffd<>&", max_size=24))
 def test_pieces_add_up(text):
     """Texts joined are the decoded text, tokens joined are the tokens, and each piece stands where it says."""

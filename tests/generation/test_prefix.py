@@ -13,6 +13,7 @@ from hf_llama_sampling.generation.mixin import _transformers_generate
 from hf_llama_sampling.generation.prefix import Text, grow
 from tests.benchmarks import memory
 from tests.bounds import ROUNDING
+from tests.conftest import examples
 
 FEW = st.lists(st.integers(3, 6), max_size=6)
 # A beginning that texts share, and their own ends; beginnings build on each other.
@@ -81,7 +82,7 @@ def test_each_shared_beginning_is_one_edge(tree):
     assert found == {tuple(ids[:n]) for ids in texts for n in range(1, len(ids))}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, **examples(50))
 @given(
     tree=TREES,
     first=st.lists(st.integers(1, 8), min_size=13, max_size=13),
@@ -158,7 +159,7 @@ def test_score_continuations_equals_a_forward_per_pair(tiny_model):
             assert out.totals[i][j] == pytest.approx(sum(expected), abs=len(ids) * ROUNDING)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, **examples(5))
 @given(
     tree=TREES,
     ends=st.lists(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=4), min_size=1, max_size=3), min_size=13),

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_llama_sampling import PromptCache, with_llama_generation
+from tests.conftest import examples
 from tests.generation.helpers import GROUPED, STREAMS, close
 from tests.generation.test_prefix import Forwards
 from tests.generation.test_sharing import WINDOWED
@@ -74,7 +75,7 @@ def test_rows_of_several_conversations_go_on_together(model, schedule):
     assert forwards.shapes[:2] == [(1, 4), (3, 13 if schedule == "padded" else 12)]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=15)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, **examples(15))
 @given(
     calls=st.lists(
         st.lists(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hf_llama_sampling import with_llama_generation
 from tests.bounds import ROUNDING
+from tests.conftest import examples
 from tests.generation.helpers import STREAMS, close
 from tests.generation.test_prefix import Forwards
 
@@ -80,7 +81,7 @@ def test_every_setting_means_what_it_means_without(tiny_model, kind, asked):
     same_answers(plain, shared)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, **examples(40))
 @given(
     rows=st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(3, 5), max_size=5)), min_size=1, max_size=6),
     copies=st.integers(1, 3),

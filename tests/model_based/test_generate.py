@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from hf_llama_sampling import LlamaGenerateOutput
+from tests.conftest import examples
 from tests.model_based import rule
 from tests.model_based.calls import PAD, Call, Collector, calls
 from tests.model_based.rule import Row, logits_after, rounding, tiny
-
-EXAMPLES = max(150, hypothesis.settings().max_examples)  # the repeatable profile's 100 are too few here
 
 
 def bound(call: Call, text: list[int]) -> float:
@@ -79,7 +78,7 @@ def check_logits(call: Call, rows: list[Row | None], out: LlamaGenerateOutput) -
             torch.testing.assert_close(out.logits[step][place], raw, atol=rounding(raw), rtol=0)
 
 
-@hypothesis.settings(max_examples=EXAMPLES)
+@hypothesis.settings(**examples(150))
 @hypothesis.given(call=calls())
 def test_any_call_equals_the_rule(call):
     """Tokens, logprobs, reasons, the sequences tensor, streams and settings of any combination are the rule's."""

@@ -6,6 +6,7 @@ import pytest
 
 from hf_llama_sampling.text.growing import GrowingText
 from hf_llama_sampling.text.stopping import StopStrings
+from tests.conftest import examples
 from tests.text.test_tokens import KINDS, encode, speller
 
 
@@ -30,7 +31,7 @@ def grown(kind, ids, strings, *, stop_early):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(**examples(40))
 @hypothesis.given(
     text=st.text(alphabet="abé你😀 ", max_size=14),
     strings=st.lists(st.text(alphabet="abé你😀 ", min_size=1, max_size=4), max_size=3),

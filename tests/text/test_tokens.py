@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from hf_llama_sampling import Tokenizer
 from hf_llama_sampling.llama.tokenizer import TransformersTokenizer
 from hf_llama_sampling.text.tokens import TokenSpeller
-from tests.conftest import TINY
+from tests.conftest import TINY, examples
 
 TEXT = "The king of 你好 😀👨‍👩‍👧 é e\u0301\n\n  and  \tGaunt. 你你"
 KINDS = ("sentencepiece", "fallback", "byte level")
@@ -50,7 +50,7 @@ def encode(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(**examples(25))
 @hypothesis.given(text=st.text(alphabet="ab é你😀\n.", max_size=12))
 @hypothesis.example(text=TEXT)
 def test_tokens_add_up_to_the_text(kind, text):

@@ -16,9 +16,9 @@ test: .venv/tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(WORKERS)
 
-# Without what starts a second process, trains, builds or needs the real weights: about a minute.
+# Without what starts a second process, trains, builds, needs the real weights or tries many cases: about a minute.
 test-fast: .venv/tests
-	$(BIN)/python -m pytest $(WORKERS) -m "not (launches or trains or builds or weights)"
+	$(BIN)/python -m pytest $(WORKERS) -m "not (launches or trains or builds or weights or slow or hypothesis)"
 
 # The properties, on other and more examples at each call.
 test-long: .venv/tests

@@ -14,6 +14,8 @@ from tests.bounds import ROUNDING
 from tests.conftest import TINY
 from tests.generation.batching import without_collections
 
+pytestmark = pytest.mark.slow
+
 SMALL = benchmarks.QUICK._replace(
     vocabularies=(500,),
     cases=[(8, 6)],

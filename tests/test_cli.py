@@ -211,6 +211,7 @@ def test_complete_without_a_prompt_is_refused(capsys, monkeypatch):
     assert "prompt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parity_on_this_machine(capsys):
     """Every comparison with the plain loop is equal, and the last line says so."""
     assert main(["parity", "--quick"]) == 0
@@ -226,6 +227,7 @@ def test_parity_takes_every_form_of_checkpoint(capsys, weights_file):
     assert load_model(weights_file, choose_placement("float32", "cpu")).config.vocab_size == 49152
 
 
+@pytest.mark.slow
 def test_parity_on_metas_folder(capsys, tmp_path):
     """Meta's own format, without a tokenizer."""
     write(tmp_path, llama())
@@ -233,6 +235,7 @@ def test_parity_on_metas_folder(capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1].startswith("parity: all equal")
 
 
+@pytest.mark.slow
 def test_parity_notices_a_difference(capsys, monkeypatch):
     """A sampler that keeps another nucleus does not pass."""
     from hf_llama_sampling.generation import loop

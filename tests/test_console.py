@@ -149,15 +149,16 @@ def test_warnings_of_ours_are_one_line(capsys):
 
 def test_interrupt_handlers_are_put_back():
     """After the imports Ctrl-C is a KeyboardInterrupt again; a handler of the caller's is left alone."""
-    with console.exit_on_interrupt():
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
     try:
+        with console.exit_on_interrupt():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with console.exit_on_interrupt():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, found)
 
 
 def test_bars_are_shown_on_a_terminal_only(monkeypatch):

@@ -97,6 +97,7 @@ def test_bundled_model_is_better_than_counting_words(tiny_model):
     assert -sum(logprobs) / (len(ids) - 1) < 0.75 * loss["unigram baseline"]
 
 
+@pytest.mark.slow
 def test_bundled_model_learned_to_stop(tiny_model):
     """Most sampled speeches end by EOS before 200 tokens."""
     output = tiny_model.generate([[1]] * 16, max_gen_len=200, seeds=0)

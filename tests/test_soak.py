@@ -2,9 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 
 from tests.soak import Held, quarter
+
+pytestmark = pytest.mark.slow
 
 
 def test_what_is_held_is_counted(tmp_path):

@@ -185,38 +185,39 @@ class PromptStreams:
         self.seeds = seed_words(seeds)  # (B, 2)
         self.copies = np.array(list(copies), dtype=np.int64)
         self.first_positions = np.array(list(first_positions), dtype=np.int64)
-        self.keys: Array = np.empty(0, dtype=np.int64)  # (B, _BLOCK, 2) of the columns from `keys_start` on
-        self.keys_start = -1
+        # (B, _BLOCK, 2) of the columns from `keys_start` on, and the same on a device that is no CPU
+        self.keys: Array = np.empty(0, dtype=np.int64)
+        self.device_keys, self.keys_start = torch.empty(0), -1
         self.table, self.table_start = torch.empty(0), -1  # (B, columns, V) of the columns from `table_start` on
 
     def step(self, shape: Sequence[int], device: torch.device, column: int) -> Noise:
         """This step's noise; on CPU nothing is computed before it is asked for."""
-        keys = self._keys_for(column)
+        self._make_keys(column - column % _BLOCK, device)
         if not fast_path.on_cpu(device):
-            noise_of_ids = self._table_for(column, keys, shape[1], device)
+            noise_of_ids = self._table_for(column, shape[1])
             return lambda tokens, rows: noise_of_ids.gather(1, tokens)
-        return _noise_on_cpu(keys[:, column % _BLOCK])
+        return _noise_on_cpu(self.keys[:, column % _BLOCK])
 
-    def _keys_for(self, column: int) -> Array:
-        """(B, _BLOCK, 2): a key and a salt for each row and each column of the block that holds `column`."""
-        start = column - column % _BLOCK
-        if start != self.keys_start:
+    def _make_keys(self, start: int, device: torch.device) -> None:
+        """Make the key and the salt of each row and each column from `start` on, copied to another device at once."""
+        new = start != self.keys_start
+        if new:
             positions = self.first_positions[:, None] + np.arange(start, start + _BLOCK)  # (B, _BLOCK)
             self.keys_start, self.keys = start, keys_at(positions, self.copies, self.seeds)
-            self.table_start = -1
-        return self.keys
+        if not fast_path.on_cpu(device) and (new or self.device_keys.device != device):
+            self.device_keys, self.table_start = torch.from_numpy(self.keys).to(device), -1
 
-    def _table_for(self, column: int, keys: Array, vocab_size: int, device: torch.device) -> Tensor:
-        """(B, V): the noise of all token ids in a column."""
+    def _table_for(self, column: int, vocab_size: int) -> Tensor:
+        """(B, V): the noise of all token ids in a column, on the device of the keys."""
+        keys = self.device_keys
         columns = _BLOCK
         while columns > 1 and len(keys) * columns * vocab_size > NOISE_AHEAD:
             columns //= 2
         start = column - column % columns
         if start != self.table_start or self.table.shape[1:] != (columns, vocab_size):
             first = start % _BLOCK
-            some = torch.from_numpy(keys[:, first : first + columns]).to(device)
-            key, salt = some[..., :1], some[..., 1:]
-            ids = torch.arange(vocab_size, device=device).expand(len(keys), columns, vocab_size)
+            key, salt = keys[:, first : first + columns, :1], keys[:, first : first + columns, 1:]
+            ids = torch.arange(vocab_size, device=keys.device).expand(len(keys), columns, vocab_size)
             self.table_start, self.table = start, token_noise(ids, key, salt)
         return self.table[:, column - start]
 

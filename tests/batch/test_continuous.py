@@ -30,6 +30,7 @@ def same(found, expected):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3, "batch_tokens": 100, "window": 13}])
 def test_answers_are_those_of_batches(llama, tmp_path, options):
     """With many in flight and with a cache for few; wrong records, empty answers and kept fields among them."""

@@ -9,6 +9,8 @@ from tests.batch.helpers import ask_all, some_records
 from tests.bounds import ROUNDING
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "error",

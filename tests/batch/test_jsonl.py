@@ -12,6 +12,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), VALUES, max_size=5), st.booleans(), st.sampled_from([None, " ", "\t"]))
 def test_fields_are_read_as_python_reads_them_and_keep_their_text(record, ascii_only, indent):
@@ -26,6 +27,7 @@ def test_fields_are_read_as_python_reads_them_and_keep_their_text(record, ascii_
         assert json.loads(field.json) == record[name] and field.json.encode() in text
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(VALUES, st.text(alphabet='[]{},:"1 xntf\\', max_size=3), st.data())
 def test_the_end_of_a_value_is_where_python_finds_it(value, noise, data):

@@ -48,6 +48,7 @@ def test_an_answer_is_what_generate_gives_for_its_record_alone(llama, tmp_path):
     assert all(answer["seed"] < 2**53 for answer in answers if answer["seed"] != 2**63)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_batches_windows_or_the_order_of_the_input(llama, tmp_path):
     """One, three or all rows a batch, any window, any order: each record's line is the same, byte for byte."""
     records = some_records(40)
@@ -155,6 +156,7 @@ def test_strict_stops_at_the_first_wrong_record(llama, tmp_path):
     assert read(tmp_path / "out") == ask_all(llama, tmp_path, records, name="other")
 
 
+@pytest.mark.slow
 def test_memory_is_flat(llama, tmp_path, monkeypatch):
     """Of 5,000 short records no more is held than of 500, but for some 40 bytes each."""
 

@@ -21,6 +21,7 @@ def narrow(tiny_model):
     return Llama(tiny_model, str(TINY), max_seq_len=SIZE)
 
 
+@pytest.mark.slow
 def test_long_texts_equal_a_forward_per_token(narrow, tiny_model, tmp_path):
     """Run's and records' own stride and BOS in one file; each token once in its window, totals and counts of those."""
     cases = [({}, STRIDE, BOS), ({"stride": 15}, 15, BOS), ({"bos": 7}, STRIDE, 7), ({"bos": False}, STRIDE, None)]

@@ -12,6 +12,8 @@ from hf_llama_sampling.batch.requests import Response
 from hf_llama_sampling.batch.shards import ERROR, Shard, decode, read_lines, repair
 from tests.batch.helpers import SETTINGS, some_records, stopped, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 40, 200])
 def test_a_torn_end_is_repaired(llama, tmp_path, monkeypatch, kept):

@@ -17,6 +17,8 @@ from hf_llama_sampling.batch.requests import InputIndex, RecordReader
 from hf_llama_sampling.batch.settings import RunSettings
 from tests.batch.helpers import SETTINGS, ask_all, read, some_records, stop_after, stopped, write
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_complete_output_is_left_alone(llama, tmp_path, monkeypatch):
     """The same command again asks the model nothing and touches nothing."""

@@ -26,6 +26,8 @@ import torch
 from hf_llama_sampling.cli import main
 from tests.conftest import HERE
 
+pytestmark = pytest.mark.slow
+
 ROOT = HERE.parent
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "console", "text", "sh"}

@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import HERE, TINY
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = HERE.parent / "examples"
 ARGUMENTS = {
     "text_completion.py": [TINY, TINY / "tokenizer.model"],

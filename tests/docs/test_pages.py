@@ -12,6 +12,8 @@ from tests.benchmarks import summary
 from tests.conftest import HERE, PACKAGE
 from tests.docs.test_blocks import FENCE, PAGES, ROOT, blocks_of
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 
 

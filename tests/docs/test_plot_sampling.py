@@ -8,6 +8,8 @@ import torch
 
 from tests.conftest import HERE
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_pictures_are_drawn(tmp_path, capsys):
     """One file with four panels, from the bundled model."""

@@ -20,6 +20,8 @@ from hf_llama_sampling.reference import reference_generate
 from tests.families.expected import KNOWN, REFUSED, REFUSED_AT_ALL
 from tests.families.zoo import CACHES, CONTEXT, EOS, FAMILIES, build, build_ours, plain_logits, rounding
 
+pytestmark = pytest.mark.slow
+
 # Short, in between and long; a window of 6 and a first context of 16 are crossed in prompts and in completions.
 PROMPTS = [[1, 5, 6], [1, *range(60, 72)], [1, *range(7, 25)]]
 NEW, SEED = 6, 7

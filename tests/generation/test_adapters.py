@@ -13,6 +13,7 @@ from tests.bounds import rounding
 from tests.conftest import TINY
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]

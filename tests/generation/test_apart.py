@@ -9,6 +9,8 @@ from hf_llama_sampling.reference import reference_generate
 from tests.conftest import TINY
 from tests.generation.helpers import close
 
+pytestmark = pytest.mark.slow
+
 SHORT, MIDDLE, LONG = [1, 5, 6], [1, *range(400, 412)], [1, *range(300, 330)]
 BATCH = [SHORT, LONG, MIDDLE, SHORT]
 

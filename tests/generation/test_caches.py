@@ -9,6 +9,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from hf_llama_sampling import PromptCache
 from tests.generation.helpers import RAGGED, SHORT, close
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "how",

@@ -16,6 +16,8 @@ from tests.families.zoo import EOS as FAMILY_EOS
 from tests.generation.batching import FEW, answer, answers, config, cpu_as_a_device, without_collections
 from tests.generation.helpers import BOS, EOS, RAGGED, SHORT, close
 
+pytestmark = pytest.mark.slow
+
 batching = pytest.importorskip("transformers.generation.continuous_batching.cb_logits_processors")
 
 ROWS = 64

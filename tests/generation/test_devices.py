@@ -17,6 +17,8 @@ from hf_llama_sampling.generation.scoring import Asked, PromptScorer, concatenat
 from tests.generation.helpers import EOS, RAGGED, SHORT
 from tests.sampling.helpers import CpuStates
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = torch.device("lazy:0")
 VOCAB = 1024
 CALLS = {

@@ -11,6 +11,8 @@ from hf_llama_sampling import LlamaGenerationMixin
 from tests.bounds import ROUNDING
 from tests.generation.helpers import BOS, EOS, LONG, OFTEN, RAGGED, SHORT, at, close, plain_logprobs
 
+pytestmark = pytest.mark.slow
+
 
 def test_repetition_penalty(tiny_model):
     """It edits the logits before the draw, and the completion's logprobs are those of the edited logits."""

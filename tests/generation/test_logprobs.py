@@ -9,6 +9,8 @@ from hf_llama_sampling.generation.scoring import ranks
 from tests.bounds import ROUNDING
 from tests.generation.helpers import BOS, LONG, RAGGED, SHORT, at, close, plain_logprobs
 
+pytestmark = pytest.mark.slow
+
 
 def test_logprobs_are_of_the_raw_logits(tiny_model):
     """Prompt and completion, against one plain forward per row; temperature and nucleus do not show."""

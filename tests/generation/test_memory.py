@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_llama_sampling import LlamaForCausalLM
 from tests.bounds import ROUNDING
 
+pytestmark = pytest.mark.slow
+
 
 class Largest(TorchDispatchMode):
     """The number of elements of the largest floating-point tensor that any operation returned."""

@@ -11,6 +11,8 @@ from hf_llama_sampling import LlamaGenerationMixin
 from hf_llama_sampling import with_llama_generation as with_ours
 from tests.generation.helpers import GROUPED, LAYERS, SMALL, at, check_against_the_reference, close, plain_logprobs
 
+pytestmark = pytest.mark.slow
+
 OTHERS = {
     "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=2, n_positions=48),
     "opt": lambda: transformers.OPTConfig(**SMALL, **LAYERS, ffn_dim=32, word_embed_proj_dim=32),

@@ -9,6 +9,8 @@ from transformers import LogitsProcessor
 
 from tests.generation.helpers import RAGGED, SHORT, STREAMS, Plant, close
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def after_token(model, token, value):

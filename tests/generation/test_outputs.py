@@ -49,6 +49,7 @@ def test_sequences_keep_transformers_convention(tiny_model, schedule):
     assert torch.equal(tiny_model.generate(**padded(RAGGED, "right"), **asked), out.sequences)
 
 
+@pytest.mark.slow
 def test_finish_reasons_do_not_count_what_lies_beyond_the_limit(tiny_model):
     """In the reference schedule a row goes on beyond its limit, as in the reference; an EOS there is not its own."""
     prompts = [SHORT, SHORT + [9] * 40]

@@ -15,6 +15,8 @@ from tests.benchmarks import memory
 from tests.bounds import ROUNDING
 from tests.conftest import examples
 
+pytestmark = pytest.mark.slow
+
 FEW = st.lists(st.integers(3, 6), max_size=6)
 # A beginning that texts share, and their own ends; beginnings build on each other.
 TREES = st.lists(st.tuples(st.integers(0, 100), FEW), min_size=1, max_size=12)

@@ -18,6 +18,8 @@ from tests.generation.helpers import GROUPED, STREAMS, close
 from tests.generation.test_prefix import Forwards
 from tests.generation.test_sharing import WINDOWED
 
+pytestmark = pytest.mark.slow
+
 FIRST = [1, *range(40, 70)]
 NEW = [*range(200, 212)]
 ASKED = {"max_gen_len": 6, "eos_token_id": []}

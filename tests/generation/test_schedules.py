@@ -5,6 +5,8 @@ import torch
 
 from tests.generation.helpers import BOS, LONG, RAGGED, SHORT, close
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("schedule", ["reference", "padded"])
 def test_settings_per_row_equal_rows_alone(tiny_model, schedule):

@@ -7,6 +7,7 @@ import pytest
 from tests.generation.helpers import BOS, RAGGED, at, close, padded, plain_logprobs
 
 
+@pytest.mark.slow
 def test_score_tokens_equals_a_plain_forward(tiny_model):
     """Within float32 rounding, whatever the batch-mates, as lists or padded on either side, in chunks of any size."""
     draw = random.Random(3)

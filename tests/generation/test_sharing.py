@@ -14,6 +14,8 @@ from tests.conftest import examples
 from tests.generation.helpers import STREAMS, close
 from tests.generation.test_prefix import Forwards
 
+pytestmark = pytest.mark.slow
+
 HEADER = [1, *range(40, 100)]
 PROMPTS = {
     "equal": [HEADER, HEADER, HEADER],

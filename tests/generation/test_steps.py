@@ -8,6 +8,8 @@ from hf_llama_sampling.generation.loop import SamplingProcessor
 from tests.benchmarks.measure import Waits
 from tests.generation.helpers import RAGGED, SHORT, Count, as_on_another_device, padded
 
+pytestmark = pytest.mark.slow
+
 CALLS = {
     "meta": {},
     "seeds": {"seeds": 1},

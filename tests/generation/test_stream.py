@@ -10,6 +10,8 @@ from hf_llama_sampling import TokenEvent
 from hf_llama_sampling.text.tokens import TokenSpeller
 from tests.generation.helpers import RAGGED, SHORT
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"max_gen_len": 8, "seeds": 5, "temperature": 0.9, "logprobs": True, "top_logprobs": 2}
 
 

@@ -8,6 +8,8 @@ import torch
 from hf_llama_sampling.reference import reference_generate
 from tests.generation.helpers import EOS, OFTEN, RAGGED, SHORT, check_against_the_reference, close, random_case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("part", range(10))
 def test_random_ragged_batches_equal_the_reference(tiny_model, part):

@@ -14,6 +14,8 @@ from tests.bounds import ROUNDING
 from tests.conftest import HERE, TINY
 from tests.generation import tensor_parallel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

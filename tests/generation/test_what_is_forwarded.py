@@ -34,6 +34,7 @@ def dispatched(model):
     return accelerate.dispatch_model(copy.deepcopy(model), device_map, force_hooks=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["reference", "padded"])
 @pytest.mark.parametrize("wrap", [hidden_signature, compiled, dispatched])
 def test_wrappers_change_nothing(tiny_model, wrap, schedule):

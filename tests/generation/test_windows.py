@@ -12,6 +12,8 @@ from hf_llama_sampling.generation.windows import windows
 from tests.bounds import ROUNDING
 from tests.generation.helpers import BOS, RAGGED, at, close, plain_logprobs
 
+pytestmark = pytest.mark.slow
+
 LONG = random.Random(5).sample(range(3, 1024), 64)
 
 

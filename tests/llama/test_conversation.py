@@ -11,6 +11,8 @@ from hf_llama_sampling.sampling.settings import SamplingSettings
 from tests.conftest import TINY
 from tests.generation.test_prefix import Forwards
 
+pytestmark = pytest.mark.slow
+
 SAID = ["Who is there, and what does he want from the king?", "Speak louder.", "And then?", "Go on, good sir."]
 # Of all answers but the last it keeps nothing: the past is another text in each turn.
 FORGETFUL = (

@@ -11,6 +11,8 @@ import transformers
 from hf_llama_sampling import Llama, LlamaForCausalLM
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[1, 870, 988, 13, 300, 44, 561, 90], [1, 411, 21, 987, 3, 300, 870, 5]])
 
 

@@ -9,6 +9,8 @@ from hf_llama_sampling.llama.streaming import TextStreamer
 from hf_llama_sampling.text.stopping import StopStrings
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["ROMEO:", "The king of France is here", "JULIET:\nO", "First Citizen:\nWe"]
 STOPS = ["\n", " the", "e", ", and", ["\n", " the"], ["zzz"], [["a"], None, ["e", "o"], "I"], ".", "ou", []]
 

@@ -31,6 +31,7 @@ def tokenizer(template):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -9,6 +9,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 from tests.model_based.calls import LETTERS, letters
 from tests.model_based.rule import VOCAB, tiny
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10, 11], [1, 12], [1, 13, 14]]
 LIMITS = [5, 2, 6, 0]
 EOS = [2, 3, 21, 30]

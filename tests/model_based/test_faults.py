@@ -12,6 +12,8 @@ from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from tests.model_based.calls import Collector, letters
 from tests.model_based.rule import tiny
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10, 11], [1, 12]]
 SCHEDULES = ["reference", "padded"]
 

@@ -12,6 +12,8 @@ from tests.model_based import rule
 from tests.model_based.calls import PAD, Call, Collector, calls
 from tests.model_based.rule import Row, logits_after, rounding, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def bound(call: Call, text: list[int]) -> float:
     """How far a logprob may be off: the raw logits' rounding, through a penalty and a temperature."""

@@ -11,6 +11,8 @@ from hf_llama_sampling import with_llama_generation
 from tests.conftest import TINY
 from tests.generation.helpers import RAGGED, close
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"max_gen_len": 5, "seeds": 1, "echo": True, "logprobs": True}
 
 

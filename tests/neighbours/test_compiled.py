@@ -12,6 +12,8 @@ from transformers import CompileConfig
 from hf_llama_sampling import with_llama_generation
 from tests.generation.helpers import RAGGED, close
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"max_gen_len": 5, "seeds": 1, "cache_implementation": "static"}
 MORE = [{}, {"echo": True, "logprobs": True}]
 

@@ -11,6 +11,8 @@ from hf_llama_sampling import LlamaForCausalLM, with_llama_generation
 from tests.conftest import TINY
 from tests.generation.helpers import RAGGED
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"max_gen_len": 5, "seeds": 1}
 
 

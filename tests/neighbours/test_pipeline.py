@@ -7,6 +7,8 @@ import transformers
 
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["ROMEO:", "To be, or not to be: that is the", "The king is"]
 ASKED = {"max_gen_len": 8, "temperature": 0.8, "seeds": 3}
 

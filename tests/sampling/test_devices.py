@@ -17,6 +17,8 @@ from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.sampling.streams import LookAhead, MetaStream, PromptStreams
 from tests.sampling.helpers import CpuStates
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = torch.device("lazy:0")
 
 

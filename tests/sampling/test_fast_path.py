@@ -120,6 +120,7 @@ def window_rows(generator):
                 yield probs, p
 
 
+@pytest.mark.slow
 def test_window_equals_the_full_path():
     """On more than 100,000 rows: the same tokens and probabilities by rank and by token, and the same nucleus."""
     generator = torch.Generator().manual_seed(5)
@@ -145,6 +146,7 @@ def test_window_is_used_and_spills():
     assert not windowed_nucleus(flat[:, :WINDOW], 0.9, width=WINDOW)[1].any()  # the window is the whole vocabulary
 
 
+@pytest.mark.slow
 def test_a_lone_spilled_row_is_normalized_as_in_its_batch():
     """With several threads torch sums a lone row in another order: the draw's probability must still be the batch's."""
     threads = torch.get_num_threads()

@@ -157,6 +157,7 @@ def drawn_by(model, **kwargs):
     return tokens
 
 
+@pytest.mark.slow
 def test_sampled_generate_with_the_warpers_draws_metas_distribution(plain_model):
     """A chi-square on 20,000 draws of plain transformers accepts the warpers, and rejects a planted top_p of .85."""
     expected = nucleus_of(plain_model, 0.6, 0.9)
@@ -168,6 +169,7 @@ def test_sampled_generate_with_the_warpers_draws_metas_distribution(plain_model)
     assert chi_square(planted, expected) < ALPHA
 
 
+@pytest.mark.slow
 def test_the_sampler_draws_metas_distribution(plain_model):
     """The same for LlamaSampler under greedy decoding, on both streams; a planted temperature is rejected."""
     expected = nucleus_of(plain_model, 0.6, 0.9)
@@ -181,6 +183,7 @@ def test_the_sampler_draws_metas_distribution(plain_model):
     assert chi_square(planted, expected) < ALPHA
 
 
+@pytest.mark.slow
 def test_continuous_batching_draws_metas_distribution(plain_model):
     """The manager of generate_batch hands processors flat inputs: 4,000 draws pass, a planted top_p is rejected.
 

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,7 @@ def ids_for(logits):
     return torch.ones(len(logits), 3, dtype=torch.long)
 
 
+@pytest.mark.slow
 @given(batches(), TEMPERATURES, TOP_PS)
 def test_the_kept_set_is_the_rules_and_never_empty(logits, temperature, top_p):
     """Through the warpers, on CPU and by the rule on any device; the input stays as it was."""

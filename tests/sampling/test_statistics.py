@@ -20,6 +20,8 @@ from hf_llama_sampling.sampling import fast_path, rule, streams
 from hf_llama_sampling.sampling.continuous import RequestSettings
 from tests.sampling.helpers import kept_tokens
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [1, 40, 41]
 ALPHA, LEAST = 5e-8, 20
 DRAWS, CALLS = 8_000, 4

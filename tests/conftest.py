@@ -7,6 +7,7 @@ is safe: tests write to `tmp_path` only, and take ports that the system gives.
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ PACKAGE = Path(hf_llama_sampling.__file__).parent  # beside the tests, or where 
 TINY = PACKAGE / "tiny_llama"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where the cores are busy
 

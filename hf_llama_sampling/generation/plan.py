@@ -244,7 +244,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
     check_choice("compat", request.compat, ("fixed", "meta"))
     echo = check_bool("echo", request.echo)
-    logprobs = check_bool("logprobs", request.logprobs, "for the best tokens at each position give top_logprobs=k")
+    logprobs = check_bool("logprobs", request.logprobs, _best_tokens_instead(request.logprobs))
     top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
     named = check_named_ids(request.logprobs_of, len(prompts), vocab_size)
     sampling_logprobs = check_bool("sampling_logprobs", request.sampling_logprobs)
@@ -371,6 +371,12 @@ def _sampling_settings(
     )
     check_generator(given.generator, device)
     return given.for_rows(prompts, copies)
+
+
+def _best_tokens_instead(logprobs: Any) -> str:
+    """The way out of `logprobs=5`, which asks for the best tokens in other libraries."""
+    count = logprobs if isinstance(logprobs, int) and logprobs > 0 else "k"
+    return f"for the best tokens at each position give top_logprobs={count}"
 
 
 def _lengths(

@@ -300,8 +300,11 @@ def test_a_model_that_changed_answers_as_it_now_is(tiny_model):
     model, prompt = copy.deepcopy(tiny_model), [BOS, *range(40, 110)]
     asked = {"max_gen_len": 4, "temperature": 0}
 
-    def changed():
+    def change():
         model.model.layers[0].self_attn.v_proj.weight.mul_(-1.5)
+
+    def changed():
+        change()
         return model.generate([prompt], **asked).tokens[0]
 
     model.generate_batch([prompt], persistent_manager=True, **asked)
@@ -316,10 +319,12 @@ def test_a_model_that_changed_answers_as_it_now_is(tiny_model):
             manager.add_request(prompt)
             assert answer(manager.get_result()) == expected
             expected = changed()
-        manager.add_request(prompt, max_gen_len=400)
-        expected = changed()
+        manager.add_request(prompt, max_gen_len=400, eos_token_id=1023, streaming=True)
+        manager.get_result()  # its first token: it is in flight, with hundreds to come
+        change()
         with pytest.raises(RuntimeError, match="the model has changed while requests are in flight"):
             manager.add_request(prompt)
+        expected = model.generate([prompt], **asked).tokens[0]
         manager.stop(hard_stop=True)
         while manager.get_result(timeout=0.01) is not None:
             pass

@@ -74,6 +74,7 @@ def test_callers_compile_the_model(tiny_model, order):
 
 @pytest.mark.neighbours
 @pytest.mark.launches
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 def test_code_is_generated_and_runs(tiny_model):
     """torch's own code generator, in float32: the same tokens up to the rounding of the logits."""
     torch._dynamo.reset()

@@ -24,6 +24,7 @@ from ..sampling.settings import SamplingSettings
 from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
 from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, vocab_size_of
+from .model_state import modes_of, set_modes
 from .options import NO_EDIT, Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias, sort_keywords
 from .probe import Probe, equal_up_to_rounding
 
@@ -311,7 +312,7 @@ def _requests_stay_apart(model: Any, module: Any) -> bool:
         page_size=4, num_blocks=16, max_batch_tokens=4, max_requests_per_batch=2, use_async_batching=False
     )
     config.use_cuda_graph = False
-    was_training = model.training
+    modes = modes_of(model)
     try:
         found = module.LlamaBatchingManager(model.eval(), config, None, settings).answers_at_once(prompts)
         for prompt, result in zip(prompts, found, strict=True):
@@ -324,7 +325,7 @@ def _requests_stay_apart(model: Any, module: Any) -> bool:
     except Exception:  # whatever the error, the model cannot use pages
         return False
     finally:
-        model.train(was_training)
+        set_modes(modes)
     return True
 
 

@@ -31,7 +31,7 @@ def in_inference_mode(model: Any, observer: Observer | None, arguments: dict[str
 
     `arguments` are those of transformers' `generate`.
     """
-    if not _leaves_nothing(model) or _may_be_compiled(arguments):
+    if not _leaves_nothing(model) or may_be_compiled(arguments):
         return observer
     if observer is None:
         return _forward
@@ -54,8 +54,8 @@ def _a_mode_watches() -> bool:
     return any(mode is not None for mode in modes)
 
 
-def _may_be_compiled(arguments: dict[str, Any]) -> bool:
-    """Whether transformers may compile the steps (static caches do): the mode's switch would break the graph."""
+def may_be_compiled(arguments: dict[str, Any]) -> bool:
+    """Whether transformers may compile the steps (static caches do): code of ours around them would break the graph."""
     config, cache = arguments.get("generation_config"), arguments.get(CACHE_NAME)
     asked = (getattr(config, name, None) is not None for name in ("cache_implementation", "compile_config"))
     return any(asked) or not (cache is None or type(cache) is DynamicCache)

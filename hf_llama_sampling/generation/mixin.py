@@ -22,7 +22,7 @@ from .adapters import is_peft_model, refuse_invocation_tokens, refuse_lost_soft_
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .events import Decoders, EventSource, TokenEvent
-from .inference import in_inference_mode
+from .inference import in_inference_mode, may_be_compiled
 from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
 from .loop import stream_prompts
 from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
@@ -39,6 +39,7 @@ from .scoring import CHUNK_BYTES, refuse_other_positions, refuse_without_order
 from .streamers import ended_with_the_call
 from .streaming import stream_events
 from .trimming import Compat
+from .turns import in_turn
 from .view import Observer, loop_view
 from .walk import CACHE_BYTES
 from .windows import tokens_scored
@@ -402,7 +403,9 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
     def generate(*args: Any, observer: Observer | None = None, **kwargs: Any) -> Any:
         if drops_cache(model):
             kwargs["generation_config"].use_cache = False  # each step reads the whole text
-        view = loop_view(model, in_inference_mode(model, observer, kwargs))
+        if not may_be_compiled(kwargs):
+            observer = in_turn(model, in_inference_mode(model, observer, kwargs))
+        view = loop_view(model, observer)
         return super(LlamaGenerationMixin, view).generate(*args, **kwargs)
 
     return generate

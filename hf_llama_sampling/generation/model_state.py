@@ -52,6 +52,17 @@ def trains(model: Any) -> bool:
     return any(module.training for module in model.modules())
 
 
+def modes_of(model: Any) -> list[tuple[Any, bool]]:
+    """Return which parts of the model are in training mode; `train()` would switch them all."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: list[tuple[Any, bool]]) -> None:
+    """Restore what `modes_of` returned."""
+    for module, training in modes:
+        module.training = training
+
+
 def drops_cache(model: Any) -> bool:
     """Whether transformers drops a cache that a forward is given: in training with gradient checkpointing."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -70,8 +81,7 @@ def _settings_of(model: Any) -> Iterator[Any]:
 
     Hooks on the model, its body and its head see what goes in and out; they change no key of the layers between.
     """
-    # transformers sets `is_causal` for the time of a forward, in which another thread may be.
-    yield _plain({name: value for name, value in model.config.to_dict().items() if name != "is_causal"})
+    yield from _of_config(model.config)
     ends = {id(model), id(getattr(model, "base_model", None)), id(getattr(model, "lm_head", None))}
     for module in model.modules():
         own = vars(module)
@@ -81,6 +91,15 @@ def _settings_of(model: Any) -> Iterator[Any]:
                 yield name, _plain(value)
         if id(module) not in ends:
             yield [tuple(own[name]) for name in _HOOKS if own.get(name)]  # no two hooks have one number
+
+
+def _of_config(config: Any) -> Iterator[Any]:
+    """Yield the fields of a config and of those in it, but `is_causal`, which transformers sets during a forward."""
+    for name, value in dict(vars(config)).items():  # copied at once: another thread may be in a forward
+        if hasattr(value, "to_dict"):
+            yield from _of_config(value)
+        elif name != "is_causal" and not name.startswith("_"):
+            yield name, _plain(value)
 
 
 def _plain(value: Any) -> Any:

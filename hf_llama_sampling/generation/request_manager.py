@@ -29,8 +29,9 @@ from ..checks import check_int, check_seeds, check_temperature, check_top_p, fir
 from ..sampling.continuous import RequestSampler, RequestSettings, child_id, names_a_child
 from .inputs import check_lengths, read_prompts
 from .model_info import check_positions, eos_ids_of, forget_longer_texts, length_limit, vocab_size_of
-from .model_state import ModelState
+from .model_state import ModelState, modes_of, set_modes
 from .options import resolve_alias, sort_keywords
+from .turns import turns_of
 
 _NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestState.to_generation_output)
 
@@ -60,18 +61,22 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self, model: Any, config: ContinuousBatchingConfig, hints: Any, settings: ManagerSettings, *, asked: Any = None
     ) -> None:
         self.asked = asked  # the config as the caller gave it
-        self._was_training = False  # before `start`
+        self._manages = False  # whether it is between `start` and `stop`
+        self._adds_rows = False  # whether `add_rows` adds requests
+        self._switched = False  # whether the model's attention reads pages
+        self._paged: list[tuple[Any, str]] = []  # configs, and the attention of each in a step
         own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len)
         own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
         config = copy.copy(config)
         config.return_logprobs = True  # also needed to report logits with nan or inf
-        was_training, attention = model.training, model.config._attn_implementation
-        try:
-            super().__init__(model, own, config, hints)
-        finally:  # transformers switches both already here; a manager that never starts would leave them so
-            model.train(was_training)
-            if model.config._attn_implementation != attention:
-                model.set_attn_implementation(attention)
+        with turns_of(model).without_others():
+            modes, attention = modes_of(model), model.config._attn_implementation
+            try:
+                super().__init__(model, own, config, hints)
+            finally:  # transformers switches both already here; a manager that never starts would leave them so
+                set_modes(modes)
+                if model.config._attn_implementation != attention:
+                    model.set_attn_implementation(attention)
         self._original_attn_impl = None
         self.settings = settings
         self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
@@ -80,18 +85,42 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._state: ModelState | None = None  # in which the model computed what the cache holds
 
     @contextlib.contextmanager
-    def _paged_attention(self, *, keep: bool = False) -> Iterator[None]:
-        """Switch the model to attention that reads pages; restore it after an error, and at the end unless `keep`."""
-        already = self._original_attn_impl is not None
-        self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
-        done = False
-        try:
+    def _paged_attention(self) -> Iterator[None]:
+        """Switch the model to attention that reads pages, while no other forward runs; note which configs change."""
+        if self._switched:
             yield
-            done = True
-        finally:
-            if self._original_attn_impl is not None and not already and not (keep and done):
-                self.model.set_attn_implementation(self._original_attn_impl)
-                self._original_attn_impl = None
+            return
+        configs = list({id(config): config for config in map(_config_of, self.model.modules()) if config}.values())
+        with turns_of(self.model).without_others():
+            own = [config._attn_implementation for config in configs]
+            try:
+                self._switched = True
+                self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
+                now = [config._attn_implementation for config in configs]
+                self._paged = [(config, new) for config, old, new in zip(configs, own, now, strict=True) if old != new]
+                yield
+            finally:
+                self._switched = False
+                if self._original_attn_impl is not None:
+                    self.model.set_attn_implementation(self._original_attn_impl)
+                    self._original_attn_impl = None
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        """Let a step run alone, with paged attention: other threads may forward the model between two steps."""
+        with turns_of(self.model).without_others():
+            own = [(config, config._attn_implementation) for config, _ in self._paged]
+            try:
+                for config, attention in self._paged:
+                    config._attn_implementation = attention
+                yield
+            finally:
+                for config, attention in own:
+                    config._attn_implementation = attention
+
+    def _generation_step(self) -> None:
+        with self._step():
+            super()._generation_step()
 
     def warmup(self) -> None:
         """Capture CUDA graphs (transformers)."""
@@ -103,11 +132,13 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         if self.is_running():
             super().start()
             return
-        self._was_training |= self.model.training
         self._forget_stale_keys()
+        if not self._manages:
+            turns_of(self.model).begin_managing(self.model)
+            self._manages = True
         try:
-            with self._paged_attention(keep=True):
-                forget_longer_texts(self.model.eval())
+            with self._paged_attention():
+                forget_longer_texts(self.model)
                 self.batch_processor = self._create_batch_processor()
                 super().start()
         except BaseException:
@@ -120,9 +151,9 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._restore_mode()
 
     def _restore_mode(self) -> None:
-        if self._was_training:
-            self.model.train()
-        self._was_training = False
+        if self._manages:
+            self._manages = False
+            turns_of(self.model).end_managing()
 
     def add_request(
         self,
@@ -169,7 +200,8 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         if not self.is_tp_driver:
             return None
         self._refuse_if_closed()
-        self._forget_stale_keys()
+        if not self._adds_rows:
+            self._forget_stale_keys()
         self._refuse_keywords(others)
         asked = resolve_alias("max_gen_len", max_gen_len, "max_new_tokens", max_new_tokens)
         prompt, limit = self._check_length(input_ids, first_not_none(asked, self.settings.max_gen_len))
@@ -215,6 +247,15 @@ class LlamaBatchingManager(ContinuousBatchingManager):
 
     def add_rows(self, prompts: list[list[int]], rows: Sequence[dict[str, Any]], **common: Any) -> list[str | None]:
         """Add a request for each prompt with its own keywords and the common ones; return the ids in order."""
+        self._refuse_if_closed()
+        self._forget_stale_keys()
+        self._adds_rows = True  # no request of these needs another look at the model
+        try:
+            return self._add_rows(prompts, rows, common)
+        finally:
+            self._adds_rows = False
+
+    def _add_rows(self, prompts: list[list[int]], rows: Sequence[dict[str, Any]], common: Any) -> list[str | None]:
         names = [self._new_id(None) for _ in prompts]
         order = range(len(prompts))
         for row in sorted(order, key=prompts.__getitem__, reverse=True) if self._use_prefix_sharing else order:
@@ -296,8 +337,9 @@ class LlamaBatchingManager(ContinuousBatchingManager):
 
         transformers would share them with any later request that begins alike, also in a manager that was kept.
         """
-        if self._state is not None and self._state.holds_for(self.model):
-            return
+        with turns_of(self.model).beside_others():
+            if self._state is not None and self._state.holds_for(self.model):
+                return
         if self._state is not None and not self.is_running():
             self.batch_processor = None
         elif self._state is not None and self._use_prefix_sharing:
@@ -401,6 +443,12 @@ class LlamaBatchingManager(ContinuousBatchingManager):
 
 
 _OWN_ARGUMENTS = [name for name in inspect.signature(LlamaBatchingManager.add_request).parameters if name != "self"]
+
+
+def _config_of(module: Any) -> Any:
+    """Return a module's config, if it says which attention to use."""
+    config = vars(module).get("config")
+    return config if hasattr(config, "_attn_implementation") else None
 
 
 class _Router(OutputRouter):

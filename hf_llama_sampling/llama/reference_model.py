@@ -22,6 +22,7 @@ from ..generation.mixin import with_llama_generation
 from ..generation.model_info import device_of, vocab_size_of
 from ..generation.probe import goes_on_from_a_cache
 from ..generation.releases import CACHE_NAME, cache_in
+from ..generation.turns import turns_of
 
 _IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
 _FROM_PARAMS = ("n_layers",)
@@ -78,7 +79,10 @@ class ReferenceModel:
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = _reference_call(args, kwargs)
-            return inner(*args, **kwargs) if call is None else self._forward_at(inner, *call)
+            if call is None:
+                return inner(*args, **kwargs)
+            with turns_of(self).beside_others():
+                return self._forward_at(inner, *call)
 
         return forward
 

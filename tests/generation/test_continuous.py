@@ -1,6 +1,7 @@
 """Continuous batching: a request's tokens are those of `generate(seeds=)`, whatever else is in flight."""
 
 import collections
+import concurrent.futures
 import copy
 import random
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from hf_llama_sampling import with_llama_generation
+from hf_llama_sampling import LlamaForCausalLM, with_llama_generation
 from tests.conftest import TINY
 from tests.families.zoo import CONTEXT, build_ours
 from tests.families.zoo import EOS as FAMILY_EOS
@@ -255,7 +256,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_a_manager_that_does_not_run_leaves_the_model_as_it_is():
-    """Made, asked, or failed to start: `generate` works beside it. Pages are read only between start and stop."""
+    """Made, asked, or failed to start: `generate` works beside it. Pages are read only within a step."""
     model = with_llama_generation(
         transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
     )
@@ -268,7 +269,7 @@ def test_a_manager_that_does_not_run_leaves_the_model_as_it_is():
     assert model.training and model.config._attn_implementation == "eager"
     for _ in range(2):
         manager.start()
-        assert not model.training and model.config._attn_implementation == "paged|eager"
+        assert not model.training and model.generate([SHORT], max_gen_len=3, seeds=1).tokens == expected
         manager.stop()
         assert model.training and model.config._attn_implementation == "eager"
     assert manager.get_result("first").generated_tokens == expected[0]
@@ -294,11 +295,34 @@ def test_a_manager_can_be_kept(tiny_model):
     assert tiny_model.generate_batch(RAGGED, logprobs=True, max_gen_len=5)["req_0"].logprobs
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_forwards_beside_steps_see_nothing_of_them(attention):
+    """A step makes the config not causal, and its attention paged; calls of other threads on the model wait for it.
+
+    Two managers, generate and score at once answer as alone, and leave the config and each layer's mode as they were.
+    """
+    model = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=attention).eval()
+    asked = {"max_gen_len": 12, "seeds": 1, "eos_token_id": []}
+    tokens, totals = model.generate(RAGGED, **asked).tokens, model.score_tokens(RAGGED).totals
+    model.train().model.layers[0].eval()
+    config, modes = model.config.to_dict(), [module.training for module in model.modules()]
+    calls = [
+        lambda: answers(model.generate_batch(RAGGED, **asked)) == tokens,
+        lambda: answers(model.generate_batch(RAGGED, **asked)) == tokens,
+        lambda: model.generate(RAGGED, **asked).tokens == tokens,
+        lambda: model.score_tokens(RAGGED).totals == pytest.approx(totals, abs=1e-3),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(lambda call: all(call() for _ in range(3)), calls))
+    assert (model.config.to_dict(), [module.training for module in model.modules()]) == (config, modes)
+    assert model.config._attn_implementation == attention
+
+
 @torch.no_grad()
 def test_a_model_that_changed_answers_as_it_now_is(tiny_model):
     """Prompts that share pages with earlier ones, in a manager that was kept, that runs, and that was stopped."""
     model, prompt = copy.deepcopy(tiny_model), [BOS, *range(40, 110)]
-    asked = {"max_gen_len": 4, "temperature": 0}
+    asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": []}
 
     def change():
         model.model.layers[0].self_attn.v_proj.weight.mul_(-1.5)
@@ -322,10 +346,12 @@ def test_a_model_that_changed_answers_as_it_now_is(tiny_model):
         manager.add_request(prompt, max_gen_len=400, eos_token_id=1023, streaming=True)
         manager.get_result()  # its first token: it is in flight, with hundreds to come
         change()
-        with pytest.raises(RuntimeError, match="the model has changed while requests are in flight"):
-            manager.add_request(prompt)
+        try:
+            with pytest.raises(RuntimeError, match="the model has changed while requests are in flight"):
+                manager.add_request(prompt)
+        finally:
+            manager.stop(hard_stop=True)
         expected = model.generate([prompt], **asked).tokens[0]
-        manager.stop(hard_stop=True)
         while manager.get_result(timeout=0.01) is not None:
             pass
 

@@ -3,6 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from hf_llama_sampling.reference import reference_generate
 from hf_llama_sampling.sampling import fast_path
 from tests.bounds import ROUNDING
@@ -126,7 +127,7 @@ class Plant:
 
     def count(self, module, args, kwargs):
         ids = args[0] if args else kwargs["input_ids"]
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(CACHE_NAME)
         self.start = past.get_seq_length() if past is not None else 0
         self.end = self.start + ids.shape[1]
 

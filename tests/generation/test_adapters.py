@@ -7,8 +7,10 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from hf_llama_sampling import Llama, with_llama_generation
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.bounds import rounding
 from tests.conftest import TINY
 
@@ -41,7 +43,10 @@ def plain_model(tiny_model):
 
 
 def adapted(model, config, size=1.5):
-    """A PEFT model whose adapter says something."""
+    """A PEFT model whose adapter says something; skips where soft prompts are refused (see `test_releases`)."""
+    is_soft = isinstance(config, tuple(map(type, SOFT.values())))
+    if is_soft and CACHE_NAME != "past_key_values" and Version(peft.__version__) < Version("0.22"):
+        pytest.skip(f"PEFT {peft.__version__} loses soft prompts under transformers {transformers.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outer = peft.get_peft_model(model, copy.deepcopy(config)).eval()

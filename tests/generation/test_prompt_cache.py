@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_llama_sampling import PromptCache, with_llama_generation
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.conftest import examples
 from tests.generation.helpers import GROUPED, STREAMS, close
 from tests.generation.test_prefix import Forwards
@@ -342,7 +343,7 @@ def test_what_is_no_prompt_cache_is_refused(model):
     """A cache of transformers has its own keyword, and both at once contradict one another."""
     with pytest.raises(TypeError, match="prompt_cache must be a PromptCache, got DynamicCache: make one"):
         model.generate([FIRST], **ASKED, prompt_cache=transformers.DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values and prompt_cache both say what has been read"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} and prompt_cache both say what has been read"):
         model.generate([FIRST], **ASKED, prompt_cache=PromptCache(), past_key_values=transformers.DynamicCache())
     with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
         PromptCache(-1)

@@ -22,6 +22,8 @@ def hidden_signature(model):
 
 def compiled(model):
     """`torch.compile` before ours; its eager backend traces and checks, and generates no code."""
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("transformers' forward asks torch.compiler.is_exporting, which this torch has not")
     return with_ours(torch.compile(model, backend="eager", dynamic=True))
 
 

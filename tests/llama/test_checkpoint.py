@@ -284,7 +284,6 @@ PLACEMENTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device_map", PLACEMENTS.values(), ids=PLACEMENTS)
-@pytest.mark.filterwarnings("ignore:You are calling .generate")  # transformers 4 calls a model on disk a meta model
 def test_placement_changes_nothing(device_map, dtype, tmp_path):
     """On the CPU, on disk or on both: the same logits and the same generation."""
     original = llama(kv_heads=8).to(dtype)

@@ -215,8 +215,6 @@ SPREAD = {
 }
 
 
-# transformers 4 takes a model that is all on disk for a meta model, and warns; it runs all the same.
-@pytest.mark.filterwarnings("ignore:You are calling .generate")
 @pytest.mark.parametrize("kind", ["meta", "transformers"])
 @pytest.mark.parametrize("device_map", [SPREAD, dict.fromkeys(SPREAD, "disk")], ids=["some", "all"])
 def test_disk_offload_answers_the_same(kind, device_map, tmp_path):

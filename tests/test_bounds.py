@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.bounds import LOGITS, ROUNDING, float32_steps, rounding, step
 
 IDS = [[1, 5, 60, 7, 81, 9, 33, 11], [1, 94, 3, 42, 50, 61, 2, 8]]
@@ -47,8 +48,8 @@ def test_the_bound_of_another_order(name, request):
         alone = torch.cat([model(torch.tensor([row])).logits for row in IDS])
         cache, columns = None, []
         for column in range(len(IDS[0])):
-            output = model(torch.tensor(IDS)[:, column : column + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(torch.tensor(IDS)[:, column : column + 1], use_cache=True, **{CACHE_NAME: cache})
+            cache = output[CACHE_NAME]
             columns.append(output.logits)
     assert (alone - whole).abs().max() < rounding(model)
     assert (torch.cat(columns, dim=1) - whole).abs().max() < rounding(model)

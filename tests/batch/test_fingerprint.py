@@ -86,7 +86,12 @@ def test_rotary_factors_that_follow_the_text_do_not_count(tmp_path):
 def test_adapters_count(own):
     """Their weights, which of them are on, and their strength."""
     peft = pytest.importorskip("peft")
-    own.model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "one")
+    try:
+        own.model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "one")
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(str(error))
+        raise
     assert changed(own, lambda: own.model.disable_adapters()) == {"adapters"}
     assert changed(own, lambda: own.model.enable_adapters()) == {"adapters"}
     layer = own.model.model.layers[0].self_attn.q_proj

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.model_based.calls import Collector, letters
 from tests.model_based.rule import tiny
 
@@ -128,7 +129,7 @@ def test_nan_is_named_by_row_and_position(schedule, value, row, position, monkey
     columns: list[int] = []  # of the row's own, after each forward
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         ids = kwargs["input_ids"]
         pads = 0 if mask is None or len(mask) <= row else int((mask[row] == 0).sum())
         columns.append(ids.shape[1] + (0 if cache is None else cache.get_seq_length()) - pads)

@@ -497,18 +497,19 @@ def _add_score(commands: Any) -> None:
         "--top-logprobs", type=int, default=5, metavar="K", help="most probable tokens to keep (default: %(default)s)"
     )
     _named_option(sub, "print")
-    sub.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="how far the window of --max-seq-len tokens moves over a longer text (default: half of it)",
-    )
-    _bos_option(sub, "BOS, or EOS where there is none")
+    _window_options(sub, stride="half of it", bos="BOS, or EOS where there is none")
     _model_options(sub, compat=False)
     sub.set_defaults(seed=1)
 
 
-def _bos_option(sub: Any, default: str) -> None:
+def _window_options(sub: Any, *, stride: str, bos: str) -> None:
+    """The options of scoring long texts, with what their defaults mean."""
+    sub.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help=f"how far the window of --max-seq-len tokens moves over a longer text (default: {stride})",
+    )
     sub.add_argument(
         "--bos",
         nargs="?",
@@ -516,7 +517,7 @@ def _bos_option(sub: Any, default: str) -> None:
         const=True,
         metavar="ID",
         help="the token before each text, so that its first one is scored: an id, or none; without a value the "
-        f"tokenizer's BOS (default: {default})",
+        f"tokenizer's BOS (default: {bos})",
     )
 
 
@@ -706,10 +707,4 @@ def _batch_answer_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--top-logprobs", type=int, default=0, metavar="K", help="return the K best ids at each token")
     _logprobs_options(group, "return")
     group = sub.add_argument_group("scores (with --score)")
-    group.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="how far the window of --max-seq-len tokens moves over a longer text (default: such records are errors)",
-    )
-    _bos_option(group, "a text's BOS is its first token, which is not scored")
+    _window_options(group, stride="such records are errors", bos="a text's BOS is its first token, which is not scored")

@@ -6,7 +6,6 @@ the mode. What this module does not do: it changes no number.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,30 +16,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import Cache, DynamicCache
 
 from .model_info import length_limit
+from .model_state import HOOKS
 from .probe import is_known
 from .releases import CACHE_NAME
-from .view import Observer
+from .view import Observer, inside
 
 _KNOWN_HOMES = ("torch", "transformers", __name__.partition(".")[0])
 _KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def in_inference_mode(model: Any, observer: Observer | None, arguments: dict[str, Any]) -> Observer | None:
-    """Wrap `observer` so that forwards run in inference mode, if they keep no tensor; else return it unchanged.
-
-    `arguments` are those of transformers' `generate`.
-    """
-    if not _leaves_nothing(model) or may_be_compiled(arguments):
-        return observer
-    if observer is None:
-        return _forward
-    outer = observer
-
-    def observed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return outer(functools.partial(_forward, forward), *args, **kwargs)
-
-    return observed
+def in_inference_mode(model: Any, observer: Observer | None) -> Observer | None:
+    """Wrap `observer` so that forwards run in inference mode, if they keep no tensor; else return it unchanged."""
+    return inside(_forward, observer) if _leaves_nothing(model) else observer
 
 
 def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +57,7 @@ def _leaves_nothing(model: Any) -> bool:
         and getattr(model, "hf_quantizer", None) is None
         and (getattr(model, "tp_size", None) or 1) == 1
         and getattr(model.config, "_attn_implementation", None) in _KNOWN_ATTENTION
-        and not any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+        and not any(getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS)
         and not any(map(_is_watched, model.modules()))
     )
 
@@ -81,7 +68,7 @@ def _is_watched(module: Any) -> bool:
     return (
         type(module).__module__.partition(".")[0] not in _KNOWN_HOMES
         or "forward" in own
-        or any(own.get(name) for name in _HOOKS)
+        or any(own.get(name) for name in HOOKS)
     )
 
 

@@ -404,7 +404,7 @@ def _transformers_generate(model: Any) -> Callable[..., Any]:
         if drops_cache(model):
             kwargs["generation_config"].use_cache = False  # each step reads the whole text
         if not may_be_compiled(kwargs):
-            observer = in_turn(model, in_inference_mode(model, observer, kwargs))
+            observer = in_turn(model, in_inference_mode(model, observer))
         view = loop_view(model, observer)
         return super(LlamaGenerationMixin, view).generate(*args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _OF_EVERY_MODULE = set(vars(torch.nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Weight(NamedTuple):
@@ -90,7 +90,7 @@ def _settings_of(model: Any) -> Iterator[Any]:
             if name not in _OF_EVERY_MODULE and module is not model:
                 yield name, _plain(value)
         if id(module) not in ends:
-            yield [tuple(own[name]) for name in _HOOKS if own.get(name)]  # no two hooks have one number
+            yield [tuple(own[name]) for name in HOOKS if own.get(name)]  # no two hooks have one number
 
 
 def _of_config(config: Any) -> Iterator[Any]:

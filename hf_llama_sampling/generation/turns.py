@@ -6,14 +6,13 @@ forwards run side by side. What this module does not do: it guards no forward th
 """
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .model_state import modes_of, set_modes
-from .view import Observer
+from .view import Observer, inside
 
 
 class Turns:
@@ -103,11 +102,4 @@ def in_turn(model: Any, observer: Observer | None) -> Observer:
         with turns.beside_others():
             return forward(*args, **kwargs)
 
-    if observer is None:
-        return forward_in_turn
-    between = observer
-
-    def observed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return between(functools.partial(forward_in_turn, forward), *args, **kwargs)
-
-    return observed
+    return inside(forward_in_turn, observer)

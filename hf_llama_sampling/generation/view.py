@@ -18,6 +18,18 @@ class Observer(Protocol):
         """Call the forward, and return an output for the loop."""
 
 
+def inside(around: Observer, observer: Observer | None) -> Observer:
+    """Run each forward by `around`; `observer` may stand between the loop and the forward."""
+    if observer is None:
+        return around
+    between = observer
+
+    def observed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return between(functools.partial(around, forward), *args, **kwargs)
+
+    return observed
+
+
 def loop_view(model: Any, observer: Observer | None = None) -> Any:
     """A shallow copy of a model for one run of transformers' loop.
 

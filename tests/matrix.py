@@ -17,7 +17,7 @@ ENVIRONMENTS = ROOT / "build" / "matrix"
 RELEASES = {
     "floor": ["transformers==5.23.0", "torch==2.6.0"],
     "pinned": ["transformers==5.23.0", "torch==2.13.0"],
-    "newest": ["transformers==5.24.0", "torch==2.13.0"],
+    "newest": ["transformers==5.24.0", "torch==2.14.1"],
 }
 # A release of transformers brings its own of these.
 FOLLOW = {"transformers", "tokenizers", "huggingface_hub", "torch", "numpy"}

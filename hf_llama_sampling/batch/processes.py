@@ -3,6 +3,7 @@
 This module knows neither files nor models.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -58,6 +59,18 @@ def wait_for_all(state: PartialState) -> None:
         state.wait_for_everyone()
     except RuntimeError as error:  # what torch raises when a peer's connection closes
         raise _lost() from error
+
+
+def leave(state: PartialState) -> None:
+    """End this process's part of the run: wait until the others are here or lost, then close the connection.
+
+    Without the wait, closing may never return under torch 2.6: it holds Python's lock while it waits for a thread of
+    torch's that wants the lock to free what was broadcast last.
+    """
+    if state.num_processes > 1:
+        with contextlib.suppress(ConnectionError):
+            wait_for_all(state)
+        state.destroy_process_group()
 
 
 def on_main(state: PartialState, work: Callable[[], T]) -> T:

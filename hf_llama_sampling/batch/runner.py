@@ -32,7 +32,7 @@ from .engine import Engine, OutOfMemoryBackoff
 from .fingerprint import fingerprint
 from .ordering import batches, cost
 from .output import Progress, ReorderBuffer, standard_bytes
-from .processes import LeastLoaded, on_main, process_state, wait_for_all
+from .processes import LeastLoaded, leave, on_main, process_state, wait_for_all
 from .requests import InputIndex, RecordReader, Refused, Request, Response, bos_in_vocabulary, named_in_vocabulary
 from .settings import BatchLimits, FieldNames, RunSettings
 from .shards import Shard
@@ -434,8 +434,7 @@ def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespac
         # Every process gets here. The main one prints; the others wait, or the launcher would end it before it has.
         if state.is_main_process:
             say(f"hf-llama-sampling batch: {error}")
-        with contextlib.suppress(ConnectionError):
-            wait_for_all(state)
+        leave(state)
         return 2
     except KeyboardInterrupt:
         if state.is_main_process:
@@ -443,8 +442,7 @@ def run_command(arguments: argparse.Namespace, load: Callable[[argparse.Namespac
         return 130
     if state.is_main_process:
         say(_describe(summary))
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    leave(state)
     return 1 if summary.errors and state.is_main_process else 0
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from hf_llama_sampling import batch
-from hf_llama_sampling.batch.processes import LeastLoaded
+from hf_llama_sampling.batch.processes import LeastLoaded, leave
 from tests.batch.helpers import ONE_THREAD, SETTINGS, read, some_records, write
 
 
@@ -100,6 +100,26 @@ def test_shares_are_even():
             loads[schedule.assign(cost)] += cost
         assert max(loads) - min(loads) <= max(costs)
         assert max(loads) <= 1.02 * sum(costs) / count
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_process_waits_for_the_others_before_it_closes(lost):
+    """torch 2.6 may hang where a process closes while a thread still frees what was broadcast."""
+    done = []
+
+    class State:
+        num_processes = 2
+
+        def wait_for_everyone(self):
+            done.append("wait")
+            if lost:
+                raise RuntimeError("Connection closed by peer")
+
+        def destroy_process_group(self):
+            done.append("close")
+
+    leave(State())
+    assert done == ["wait", "close"]
 
 
 @pytest.mark.launches

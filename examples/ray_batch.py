@@ -9,7 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ray
+try:
+    import ray
+except ModuleNotFoundError:
+    sys.exit("ray_batch.py needs Ray: pip install 'hf-llama-sampling[ray]'")
 
 from hf_llama_sampling import Llama, batch
 

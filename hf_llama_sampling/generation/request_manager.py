@@ -84,6 +84,13 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._in_flight: set[str] = set()
         self._state: ModelState | None = None  # in which the model computed what the cache holds
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Copy nothing, so that a copy of a model with a kept manager begins without one: threads and pages stay."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickle as None, for the same reason."""
+        return type(None), ()
+
     @contextlib.contextmanager
     def _paged_attention(self) -> Iterator[None]:
         """Switch the model to attention that reads pages, while no other forward runs; note which configs change."""

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_llama_sampling import LlamaForCausalLM, with_llama_generation
 from tests.conftest import TINY
+from tests.generation.batching import answers
 from tests.generation.helpers import RAGGED
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,23 @@ def test_copies_answer_alike(tiny_model, tmp_path, how, made_by):
     again = COPIES[how](model, tmp_path).eval()
     assert again is not model
     assert again.generate(RAGGED, **ASKED).tokens == tiny_model.generate(RAGGED, **ASKED).tokens
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_begins_without_the_manager_that_the_model_keeps(tiny_model, tmp_path, how):
+    """Its threads and pages cannot be copied; the model keeps it."""
+    tokens = tiny_model.generate(RAGGED, **ASKED).tokens
+    tiny_model.generate_batch(RAGGED, persistent_manager=True, **ASKED)
+    kept = tiny_model._cached_continuous_batching_manager
+    try:
+        again = COPIES[how](tiny_model, tmp_path).eval()
+        for model in (again, tiny_model):
+            results = model.generate_batch(RAGGED, persistent_manager=True, **ASKED)
+            assert answers(results) == tokens
+        assert tiny_model._cached_continuous_batching_manager is kept
+        again.destroy_cached_continuous_batching_manager()
+    finally:
+        tiny_model.destroy_cached_continuous_batching_manager()
 
 
 def test_a_saved_generation_config_comes_back(tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def test_two_actors_give_the_answers_of_one_batch_run(tmp_path):
     """Line for line: prompts and dialogs, settings of records' own, an error record, in the input's order."""
     pytest.importorskip("ray", reason="needs ray: install the extra ray")
     records = [{"seed": number} | record for number, record in enumerate(some_records(40))]
-    records += [{"messages": [{"role": "user", "content": "What is Paris?"}]}, {"id": "wrong", "prompt": ""}]
+    records += [{"messages": [{"role": "user", "content": "What is Paris?"}]}, {"id": "wrong", "prompt": 5}]
     asked = write(tmp_path / "in.jsonl", records)
     command = [sys.executable, EXAMPLE, TINY, asked, tmp_path / "ray.jsonl", "2"]
     paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])
@@ -33,3 +34,9 @@ def test_two_actors_give_the_answers_of_one_batch_run(tmp_path):
         return [{key: value for key, value in json.loads(line).items() if key != "line"} for line in lines]
 
     assert answers("ray.jsonl") == answers("one.jsonl")
+
+
+def test_without_ray_the_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"^ray_batch.py needs Ray: pip install 'hf-llama-sampling\[ray\]'$"):
+        runpy.run_path(str(EXAMPLE))

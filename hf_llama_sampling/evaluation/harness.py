@@ -8,6 +8,7 @@ not do: it knows no task.
 import contextlib
 import hashlib
 import io
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +21,16 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from ..checks import check_int, first_not_none
+from ..generation.model_info import vocab_size_of
 from ..llama.llama import Llama
 from ..text.stopping import StopStrings
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 8
 _MAX_GEN_TOKS = 256  # the harness' own
 _NOT_OURS = ("do_sample", "until", "max_gen_toks", "temperature")
+_OF_SAMPLING = ("top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # play no part in a greedy task
 
 
 @register_model("hf-llama")
@@ -37,16 +42,20 @@ class LlamaLM(TemplateLM):
             `Llama`, or a transformers model.
         tokenizer: where the tokenizer is, or a tokenizer; where `pretrained` is, if not given. A transformers model
             needs one.
-        batch_size: most prompts in one call of `generate`; the harness' `"auto"` means 8. Scoring cuts its work by
-            memory instead.
+        batch_size: most prompts in one call of `generate`; the harness' `"auto"` and `"auto:N"` mean 8. Scoring
+            cuts its work by memory instead.
         max_batch_size: the most that `"auto"` may mean.
         seeds: the run's seed. Each document draws from a stream of its own, from this and its text; 1 if not given.
         max_length: most tokens of a text; the model's context if not given.
         add_bos_token: whether texts start with BOS; the tokenizer's own habit if not given.
+        prefix_token_id: stands before a text without context; BOS, or EOS where there is none, if not given.
+        max_gen_toks: most new tokens of tasks that do not say; the harness' 256 if not given.
         dtype, device: as `Llama.build` takes them (`device` as its `device_map`).
+        others: none. What the harness' own model classes take beside these is refused by name.
 
     Raises:
-        ValueError: a value is out of range, or a transformers model comes without its tokenizer.
+        ValueError: a value is out of range, a transformers model comes without its tokenizer, or `trust_remote_code`.
+        TypeError: another argument of the harness' own model classes.
 
     >>> import hf_llama_sampling.evaluation  # registers "hf-llama"
     >>> lm_eval.simple_evaluate(model="hf-llama", model_args="pretrained=FOLDER", tasks=["lambada_openai"])
@@ -64,10 +73,14 @@ class LlamaLM(TemplateLM):
         seeds: int = 1,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = _MAX_GEN_TOKS,
         dtype: Any = None,
         device: str | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        _refuse_others(others)
         self.llama = _llama(pretrained, tokenizer, dtype, device)
         self.model = self.llama.model
         self.tokenizer = getattr(self.llama.tokenizer, "tokenizer", None)
@@ -75,6 +88,11 @@ class LlamaLM(TemplateLM):
         self.seeds = check_int("seeds", seeds, least=0, most=2**64 - 1)
         self.max_length = int(first_not_none(max_length, self.llama.max_seq_len))
         self.add_bos_token = add_bos_token
+        most = vocab_size_of(self.model) - 1
+        self._prefix = (
+            None if prefix_token_id is None else check_int("prefix_token_id", prefix_token_id, least=0, most=most)
+        )
+        self.max_gen_toks = check_int("max_gen_toks", max_gen_toks, least=1)
 
     @property
     def eot_token_id(self) -> int:
@@ -83,7 +101,9 @@ class LlamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the id that replaces an empty context: BOS, or EOS if there is no BOS."""
+        """Return the id that replaces an empty context: the one asked for, else BOS, or EOS if there is no BOS."""
+        if self._prefix is not None:
+            return self._prefix
         bos = int(self.llama.tokenizer.bos_id)
         return bos if bos >= 0 else self.eot_token_id
 
@@ -107,28 +127,53 @@ class LlamaLM(TemplateLM):
         return [int(token) for token in self.tokenizer.encode(string, **options)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation in the tokenizer's own chat format, as text."""
+        """Render a conversation in the tokenizer's own chat format, as text.
+
+        As in the harness, a template that refuses a system message gets the conversation without it, with a warning.
+        """
         if self.tokenizer is None:
             raise ValueError(
                 "a chat template comes with a transformers tokenizer, and this is a SentencePiece file: give the "
                 "transformers tokenizer, or leave --apply_chat_template out"
             )
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        others = [message for message in chat_history if message["role"] != "system"]
+        for messages in (chat_history, others):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+                return str(text)
+            except Exception as error:  # a template is a program: it may raise anything
+                if messages is others or len(others) == len(chat_history):
+                    raise ValueError(
+                        f"the tokenizer's chat template refuses these messages ({error}): do without it"
+                    ) from error
+                logger.warning("the chat template refuses a system message (%s): left out", error)
+        raise AssertionError("unreachable")
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode as the harness does; a continuation that is part of the context's last token, by itself.
+
+        There the harness cuts a continuation without a token off the whole, and stops with an assertion.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        return before, after or self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score each (texts, context, continuation): the continuation's logprob, and whether it is the greedy one."""
         wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)  # context -> requests
+        _warn_of_cuts([len(context) + len(rest) for _, context, rest in requests], self.max_length + 1)
         for place, (_, context, continuation) in enumerate(requests):
-            if not continuation:
-                raise ValueError(f"a continuation must hold at least one token, but that of request {place} is empty")
+            if not 1 <= len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation must hold 1 to max_length={self.max_length} tokens, but that of request {place} "
+                    f"has {len(continuation)}: correct the task, or raise max_length"
+                )
             # The harness' own truncation: the last `max_length` inputs are kept, and the token after them is scored.
             kept = [*context, *continuation][-(self.max_length + 1) :]
             wanted[tuple(kept[: -len(continuation)])].append(place)
@@ -208,27 +253,31 @@ class LlamaLM(TemplateLM):
 
     def _complete(self, contexts: Sequence[str], settings: dict[str, Any], seeds: list[int]) -> list[str]:
         """Call `generate` once, with settings that all contexts share."""
-        asked = dict(normalize_gen_kwargs(settings, _MAX_GEN_TOKS))
+        given = {name: value for name, value in settings.items() if value is not None}
+        asked = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         eos = (self.tokenizer or self.llama.tokenizer).decode([self.eot_token_id])
         until = handle_stop_sequences(asked.get("until"), eos=eos or None)
         max_gen_toks, sampled = int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
+        left_out = _NOT_OURS if sampled else (*_NOT_OURS, *_OF_SAMPLING)
         room = self.max_length - max_gen_toks
         if room < 1:
             raise ValueError(
                 f"max_gen_toks must leave room for a prompt in {self.max_length} tokens, got {max_gen_toks}: lower it"
             )
-        prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        whole = [self.tok_encode(context) for context in contexts]
+        _warn_of_cuts([len(ids) for ids in whole], room)
+        prompts = [ids[-room:] for ids in whole]
         stops = StopStrings([text for text in until if text], len(prompts))
         output = self.model.generate(
             prompts,
             max_gen_len=max_gen_toks,
             max_seq_len=self.max_length,
-            eos_token_id=self.eot_token_id,
+            eos_token_id=sorted({self.eot_token_id, *self.llama.eos_ids} - {-1}),
             temperature=asked["temperature"] if sampled else 0,
             seeds=seeds,
             schedule="padded",
             stopping_criteria=[stops.criterion(prompts, self.llama.text_of)],
-            **{name: value for name, value in asked.items() if name not in _NOT_OURS},
+            **{name: value for name, value in asked.items() if name not in left_out},
         )
         return [
             str(postprocess_generated_text(self.llama.text_of(tokens), until, think_end_token=None))
@@ -236,10 +285,37 @@ class LlamaLM(TemplateLM):
         ]
 
 
+def _refuse_others(others: dict[str, Any]) -> None:
+    """Refuse arguments of the harness' own model classes, by name; some of them change answers."""
+    if others.pop("trust_remote_code", False):
+        raise ValueError(
+            "code that comes with a checkpoint is never run here: leave trust_remote_code out, or load the model "
+            "yourself if you trust it, and give the object as pretrained"
+        )
+    for name in others:
+        raise TypeError(
+            f"hf-llama takes no model argument {name!r}: leave it out, or load the model yourself and give the object "
+            "as pretrained"
+        )
+
+
+def _warn_of_cuts(lengths: Sequence[int], most: int) -> None:
+    """Warn of texts that are cut from the left, as the harness does."""
+    longer = sum(length > most for length in lengths)
+    if longer:
+        logger.warning(
+            "%d of %d texts have more tokens than the %d that are read, and are cut from the left: the longest has %d",
+            longer,
+            len(lengths),
+            most,
+            max(lengths),
+        )
+
+
 def _batch_size(asked: int | str | None, most: int | None) -> int:
-    """Read the batch size that the harness asks for."""
-    if asked not in ("auto", None):
-        return check_int("batch_size", int(asked), least=1)
+    """Read the batch size that the harness asks for: a number, `"auto"`, or `"auto:N"`, which looks N times."""
+    if asked is not None and not str(asked).startswith("auto"):
+        return check_int("batch_size", int(asked) if str(asked).isdecimal() else asked, least=1)
     return _BATCH_SIZE if most is None else min(_BATCH_SIZE, check_int("max_batch_size", int(most), least=1))
 
 

@@ -1,5 +1,6 @@
 """`LlamaLM` in lm-evaluation-harness against the harness' own model class, on tasks from local files."""
 
+import copy
 import json
 
 import pytest
@@ -131,9 +132,75 @@ def test_the_harness_own_words_for_a_batch_size(tiny_model, tiny_tokenizer):
     """`"auto"` means 8 at most, and fewer where the harness says so."""
     from hf_llama_sampling.evaluation import LlamaLM
 
-    sizes = [("auto", None), ("auto", 3), ("auto", 100), ("5", 3), (None, None)]
+    sizes = [("auto", None), ("auto", 3), ("auto", 100), ("auto:4", 3), ("5", 3), (None, None)]
     made = [LlamaLM(tiny_model, tiny_tokenizer, batch_size=size, max_batch_size=most) for size, most in sizes]
-    assert [model.batch_size for model in made] == [8, 3, 8, 5, 8]
+    assert [model.batch_size for model in made] == [8, 3, 8, 3, 5, 8]
+    with pytest.raises(TypeError, match="batch_size must be an int, got 'many'"):
+        LlamaLM(tiny_model, tiny_tokenizer, batch_size="many")
+
+
+def test_every_eos_of_the_checkpoint_ends_a_text(tiny_model, tiny_tokenizer):
+    """As in the harness: a chat model's end of a turn is often another token than its tokenizer's EOS."""
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    settings = {"until": None, "max_gen_toks": 6}
+    (whole,) = LlamaLM(tiny_model, tiny_tokenizer)._complete(["ROMEO:"], settings, [1])
+    model = copy.deepcopy(tiny_model)
+    model.generation_config.eos_token_id = [2, tiny_tokenizer.convert_tokens_to_ids("f")]
+    (text,) = LlamaLM(model, tiny_tokenizer)._complete(["ROMEO:"], settings, [1])
+    assert text == whole[: whole.index("f")] and len(whole) > len(text) > 0
+
+
+def test_a_greedy_task_may_name_settings_of_sampling(ours):
+    """They play no part in it, as in the harness; null counts as not given."""
+    settings = {"until": ["zz"], "max_gen_toks": 6, "do_sample": False}
+    asked = settings | {"top_k": 1, "min_p": 0.5, "top_p": None, "temperature": None}
+    assert ours._complete(["ROMEO:"], asked, [1]) == ours._complete(["ROMEO:"], settings, [1])
+
+
+def test_a_continuation_within_the_contexts_last_token_is_scored(ours, tiny_tokenizer):
+    """The harness stops there with an assertion; here it is scored as it is spelled alone."""
+    from lm_eval.api.instance import Instance
+
+    before = tiny_tokenizer("The kin").input_ids
+    after = tiny_tokenizer("g is", add_special_tokens=False).input_ids
+    assert len(tiny_tokenizer("The king is").input_ids) <= len(before)
+    (answer,) = ours.loglikelihood([Instance("loglikelihood", {}, ("The kin", "g is"), 0)])
+    scores = ours.model.score_tokens([[*before, *after]], start=len(before)).logprobs[0]
+    assert answer[0] == pytest.approx(sum(scores), abs=1e-3)
+
+
+def test_texts_that_are_cut_are_said(tiny_model, tiny_tokenizer, caplog):
+    """Contexts of both kinds of task are cut from the left, as in the harness, and a warning says so."""
+    from lm_eval.api.instance import Instance
+
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    model = LlamaLM(tiny_model, tiny_tokenizer, max_length=16)
+    model.loglikelihood([Instance("loglikelihood", {}, ("love and night " * 9, " love"), 0)])
+    model._complete(["love and night " * 9, "I"], {"max_gen_toks": 2}, [1, 2])
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("hf_llama_sampling")]
+    assert [words.partition(" have")[0] for words in found] == ["1 of 1 texts", "1 of 2 texts"]
+    with pytest.raises(ValueError, match="1 to max_length=16 tokens, but that of request 0 has"):
+        model.loglikelihood([Instance("loglikelihood", {}, ("I", " love and night" * 9), 0)])
+
+
+def test_a_template_that_refuses_a_system_message(tiny_model, tiny_tokenizer, caplog):
+    """The conversation goes on without it, as in the harness, and a warning says so; other refusals are errors."""
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+        "{% if m.content == 'no' %}{{ raise_exception('Never') }}{% endif %}[{{ m.content }}]{% endfor %}"
+    )
+    model = LlamaLM(tiny_model, tokenizer)
+    system, user = ({"role": role, "content": role} for role in ("system", "user"))
+    assert model.apply_chat_template([system, user]) == model.apply_chat_template([user]) == "[user]"
+    assert [record.getMessage() for record in caplog.records if "No system role" in record.getMessage()]
+    for messages in ([{"role": "user", "content": "no"}], [system, {"role": "user", "content": "no"}]):
+        with pytest.raises(ValueError, match=r"chat template refuses these messages \(Never\)"):
+            model.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize("length", [5, 40, 127, 128, 129, 300])
@@ -150,6 +217,10 @@ def test_rolling_and_truncation_equal_the_harness_model(tiny_model, tiny_tokeniz
     asked = [Instance("loglikelihood", {}, (text, " the king"), 0)]
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
     (mine,), (other,) = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+    bare = LlamaLM(tiny_model, tiny_tokenizer, max_length=128, add_bos_token=False, prefix_token_id=2)
+    monkeypatch.setattr(theirs, "add_bos_token", False)
+    monkeypatch.setattr(theirs, "custom_prefix_token_id", 2)
+    assert bare.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
     assert mine[0] == pytest.approx(other[0], abs=1e-3) and mine[1] == other[1]
 
 
@@ -183,7 +254,15 @@ def test_bad_values_are_refused_by_name(tiny_model, tiny_tokenizer):
         LlamaLM(with_llama_generation(tiny_model))
     with pytest.raises(ValueError, match="seeds must be"):
         LlamaLM(tiny_model, tiny_tokenizer, seeds=-1)
-    model = LlamaLM(tiny_model, tiny_tokenizer)
+    with pytest.raises(ValueError, match="prefix_token_id must be from 0 to 1023, got 1024"):
+        LlamaLM(tiny_model, tiny_tokenizer, prefix_token_id=1024)
+    with pytest.raises(ValueError, match="code that comes with a checkpoint is never run here"):
+        LlamaLM(tiny_model, tiny_tokenizer, trust_remote_code=True)
+    with pytest.raises(TypeError, match="takes no model argument 'load_in_8bit'"):
+        LlamaLM(tiny_model, tiny_tokenizer, trust_remote_code=False, load_in_8bit=True)
+    model = LlamaLM(tiny_model, tiny_tokenizer, max_gen_toks=512)
+    with pytest.raises(ValueError, match="max_gen_toks must leave room"):
+        model._complete(["a"], {}, [1])
     with pytest.raises(ValueError, match="max_gen_toks must leave room"):
         model._complete(["a"], {"max_gen_toks": 512}, [1])
     with pytest.raises(ValueError, match="top_k=5 has no place"):

@@ -6,7 +6,6 @@ prefix tuning) live in the PEFT wrapper, which forwards most calls to the base m
 `prepare_inputs_for_generation` while it runs. What this module does not do: it imports no PEFT, and it runs no model.
 """
 
-import copy
 import importlib.metadata
 import sys
 import types
@@ -17,6 +16,7 @@ import transformers
 from packaging.version import Version
 
 from .releases import CACHE_NAME
+from .view import twin_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -85,7 +85,7 @@ def _around(outer: Any, inner: Any, changed: Any) -> Any:
     """Copy a module with its submodule `inner`, at any depth, replaced by `changed`."""
     if outer is inner:
         return changed
-    twin = copy.copy(outer)
+    twin = twin_of(outer)
     name = "base_model" if "base_model" in outer._modules else "model"
     twin.__dict__["_modules"] = {**outer._modules, name: _around(outer._modules[name], inner, changed)}
     return twin
@@ -93,7 +93,7 @@ def _around(outer: Any, inner: Any, changed: Any) -> Any:
 
 def with_soft_prompts(inner: Any, peft_model: Any) -> Any:
     """Copy the base model, and let PEFT prepare the copy's inputs, as PEFT's own `generate` does."""
-    view = copy.copy(inner)
+    view = twin_of(inner)
     view.prepare_inputs_for_generation = peft_model.prepare_inputs_for_generation
     if vars(peft_model).get("max_seq_len") is not None:
         view.max_seq_len = peft_model.max_seq_len

@@ -58,6 +58,17 @@ def read_prompts(
     return prompts
 
 
+def columns_of(inputs: Any) -> int:
+    """Return how many columns the prompts took as they were given, padding included.
+
+    >>> columns_of(torch.tensor([[0, 0, 1, 5]])), columns_of([[1, 5], [1, 6, 7]])
+    (4, 3)
+    """
+    given = inputs["input_ids"] if isinstance(inputs, Mapping) and "input_ids" in inputs else inputs
+    tensor = _as_tensor(given)
+    return tensor.shape[1] if tensor is not None else max(len(to_list(row) or []) for row in to_list(given) or [])
+
+
 def _says_nothing(name: str, values: Any) -> bool:
     """Whether these are token types that are all 0, as for most texts."""
     return name.endswith("token_type_ids") and not any(any(to_list(row) or [True]) for row in to_list(values) or [[]])

@@ -4,7 +4,6 @@ Only continuous batching needs more than the public API (see `request_manager`).
 no loop of its own (see `loop`), and it takes text only for stop strings, stream events and token texts.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +22,9 @@ from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .events import Decoders, EventSource, TokenEvent
 from .inference import in_inference_mode, may_be_compiled
-from .inputs import beside_tokens, check_named_ids, read_beside_tokens, read_prompts
+from .inputs import beside_tokens, check_named_ids, columns_of, read_beside_tokens, read_prompts
 from .loop import stream_prompts
-from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, vocab_size_of
+from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, refuse_wrapper, vocab_size_of
 from .model_state import drops_cache
 from .options import Call, refuse_caches, resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
@@ -40,7 +39,7 @@ from .streamers import ended_with_the_call
 from .streaming import stream_events
 from .trimming import Compat
 from .turns import in_turn
-from .view import Observer, loop_view
+from .view import Observer, loop_view, twin_of
 from .walk import CACHE_BYTES
 from .windows import tokens_scored
 
@@ -126,8 +125,9 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
                 `num_return_sequences`, `repetition_penalty`, ...
 
         Returns:
-            transformers' tensor (B, T) for tensor inputs; a [`LlamaGenerateOutput`] for lists, or if `logprobs`,
-            `top_logprobs`, `logprobs_of`, `sampling_logprobs`, `echo` or `return_dict_in_generate` was asked for.
+            transformers' tensor for tensor inputs (B, T), whose completions begin in column T; a
+            [`LlamaGenerateOutput`] for lists, or if `logprobs`, `top_logprobs`, `logprobs_of`, `sampling_logprobs`,
+            `echo` or `return_dict_in_generate` was asked for.
 
         Raises:
             ValueError: a bad value (the rule, the value, the row and the way out are named), or logits with nan or inf.
@@ -138,7 +138,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         """
         with ended_with_the_call(kwargs):
             # 1. Read the call: its keywords by who reads them, its prompts as lists.
-            call, prompts, as_tensor = _read_call(self, inputs, generation_config, kwargs)
+            call, prompts, given = _read_call(self, inputs, generation_config, kwargs)
             prompt_cache = check_prompt_cache(prompt_cache, call.to_model)
 
             # 2. Plan: check every value against the model, choose a schedule, lay out the rows.
@@ -165,9 +165,10 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             rows, extras = _run(self, plan, call, prompt_cache)
 
             # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
-            sequences = sequences_of(rows, plan)
+            sequences = sequences_of(rows, plan, columns_of(given))
             more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
-            return sequences if as_tensor and not more else generate_output(rows, plan, sequences, extras)
+            only_ids = isinstance(given, Tensor) and not more
+            return sequences if only_ids else generate_output(rows, plan, sequences, extras)
 
     @through_peft
     def stream(
@@ -348,8 +349,8 @@ class LlamaForCausalLM(LlamaGenerationMixin, transformers.LlamaForCausalLM):
 
 def _read_call(
     model: Any, inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any]
-) -> tuple[Call, list[list[int]], bool]:
-    """Sort the keywords of `generate`, read the prompts as lists, and tell whether they came as a tensor."""
+) -> tuple[Call, list[list[int]], Any]:
+    """Sort the keywords of `generate`, and read the prompts as lists; return these beside the prompts as given."""
     refuse_encoder_decoder(model)
     refuse_invocation_tokens(model)
     events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
@@ -363,7 +364,7 @@ def _read_call(
         call.options["use_cache"] = False
     for name in beside_tokens(call.to_model):
         call.to_model[name] = read_beside_tokens(name, call.to_model[name], mask, prompts)
-    return call, prompts, isinstance(inputs, Tensor)
+    return call, prompts, inputs
 
 
 def _make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request) -> Plan:
@@ -422,7 +423,7 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is an encoder-decoder.
-        TypeError: it is no model of transformers.
+        TypeError: it is no model of transformers, or one in a wrapper such as `DistributedDataParallel`.
 
     >>> model = with_llama_generation(AutoModelForCausalLM.from_pretrained(name))
     """
@@ -430,6 +431,7 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if type(model).__name__ == "OptimizedModule":
         return _compiled_twin(model)
+    refuse_wrapper(model)
     if isinstance(model, torch.nn.Module) and hasattr(model, "config"):
         refuse_encoder_decoder(model)
     if not (isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "generation_config")):
@@ -441,7 +443,7 @@ def with_llama_generation(model: PreTrainedModel) -> PreTrainedModel:
         peft_model: Any = model
         ours = isinstance(peft_model.get_base_model(), LlamaGenerationMixin)
         return model if ours else with_inner(model, with_llama_generation)
-    twin = copy.copy(model)
+    twin = twin_of(model)
     model_class: Any = type(model)
     twin.__class__ = _with_mixin(model_class)
     return twin
@@ -453,7 +455,7 @@ def _compiled_twin(compiled: Any) -> Any:
     The loop reads the signature of the forward and the model's own methods, which the compiled module hides.
     """
     original = compiled._orig_mod
-    twin = copy.copy(with_llama_generation(original))
+    twin = twin_of(with_llama_generation(original))
     for name, hooks in vars(original).items():
         if name.startswith("_forward") and "hooks" in name:
             setattr(twin, name, type(hooks)())  # the compiled call runs the original's

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..checks import check_int, first_not_none, to_list, to_scalar
 from .adapters import virtual_tokens
@@ -131,6 +133,24 @@ def refuse_encoder_decoder(model: Any) -> None:
             f"LLAMA2's generation needs a decoder-only model, but {type(model).__name__} is an encoder-decoder: use "
             "its own generate with LlamaTemperatureLogitsWarper and LlamaTopPLogitsWarper"
         )
+
+
+def refuse_wrapper(model: Any) -> None:
+    """Refuse DistributedDataParallel and the like by the way out: their `module` is the model."""
+    inner = getattr(model, "module", None)
+    if not hasattr(model, "config") and hasattr(inner, "config"):
+        raise TypeError(
+            f"{type(model).__name__} wraps a model for training and has no generate of its own: pass the model inside, "
+            "which is its attribute module"
+        )
+
+
+def runs_in_step(model: Any, asked: bool | None) -> bool:
+    """Whether all processes must forward equally often: asked for by `synced_gpus`, else as transformers tells."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if asked is not None or not several or torch.distributed.get_world_size() == 1:
+        return bool(asked)
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def token_broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:

@@ -26,7 +26,7 @@ from ..checks import (
     to_python,
 )
 from ..defaults import TEMPERATURE, TOP_P
-from .model_info import vocab_size_of
+from .model_info import runs_in_step, vocab_size_of
 from .option_values import check_option_values
 from .pipelines import added_by_a_pipeline
 from .releases import CACHE_NAME, CACHE_NAMES
@@ -164,6 +164,7 @@ class Call:
     in_config: set[str] = field(default_factory=set)  # options that only a config in the call sets
     from_pipeline: set[str] = field(default_factory=set)  # options that a pipeline adds by itself
     events: Any = None  # an `EventSource` that follows the run
+    in_step: bool = False  # whether all processes must forward equally often
 
     def option(self, name: str, *, beside: Any = None) -> Any:
         """Return an option's value; None if it is a config's or a pipeline's own, and the call gives `beside`."""
@@ -222,6 +223,7 @@ def sort_keywords(
     _check_kinds(call)
     check_option_values(call.options, vocab_size_of(model))
     call.from_pipeline = added_by_a_pipeline()
+    call.in_step = runs_in_step(model, call.to_loop.get("synced_gpus"))
     return call
 
 

@@ -25,8 +25,8 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
     """The answer of `generate` for prompts given as lists, and whenever more than token ids was asked for.
 
     Args:
-        sequences (`torch.LongTensor` of shape (B, T)): transformers' convention: left-padded prompt, completion with
-            its EOS, then pad.
+        sequences (`torch.LongTensor` of shape (B, T)): transformers' convention: left-padded prompt, as wide as it was
+            given, completion with its EOS, then pad.
         tokens (`list[list[int]]`): Meta's convention: the completion (with `echo` after its prompt), cut before EOS.
         logprobs (`list[list[float]]`, *optional*): of the same tokens under the raw float32 logits, natural logarithm;
             0.0 for a row's first token. With processors that edit logits, completions' are those of the edited logits.
@@ -173,16 +173,17 @@ class LlamaScoreOutput(ModelOutput):
         return choices
 
 
-def sequences_of(rows: Rows, plan: Plan) -> Tensor:
+def sequences_of(rows: Rows, plan: Plan, columns: int = 0) -> Tensor:
     """Lay out rows (B, T) in transformers' convention: all prompts end in one column, pad follows completions.
+
+    Prompts take at least `columns`, the width of the padded tensor that they came in: callers cut it off.
 
     >>> # prompts [1, 5] and [1, 6, 7], completions [8, 9] and [8], pad 0
     >>> # [[0, 1, 5, 8, 9],
     >>> #  [1, 6, 7, 8, 0]]
     """
-    lines = [
-        [plan.pad_id] * (plan.longest - length) + text for text, length in zip(rows.tokens, plan.lengths, strict=True)
-    ]
+    begin = max(plan.longest, columns)
+    lines = [[plan.pad_id] * (begin - length) + text for text, length in zip(rows.tokens, plan.lengths, strict=True)]
     width = max(map(len, lines))
     return torch.tensor([line + [plan.pad_id] * (width - len(line)) for line in lines], device=plan.device)
 

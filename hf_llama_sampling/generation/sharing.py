@@ -96,10 +96,11 @@ def _share(
 
 
 def leaves_cache(call: Call) -> bool:
-    """Whether a call leaves the cache and the prefill to us: no inputs or options that depend on either."""
+    """Whether a call leaves the cache and the prefill to us: no inputs, options or processes that depend on either."""
     asked = call.options
     return not (
         call.to_model
+        or call.in_step  # what is shared differs between processes, and so would the number of forwards
         or any(asked.get(name) for name in CACHING)
         or asked.get("use_cache") is False
         or asked.get("output_attentions")

@@ -3,7 +3,6 @@
 What this module does not do: it changes nothing in the model itself.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -30,13 +29,23 @@ def inside(around: Observer, observer: Observer | None) -> Observer:
     return observed
 
 
+def twin_of(model: Any) -> Any:
+    """A shallow copy of a model, which shares all that it holds.
+
+    `copy.copy` would call the class, and FSDP's `fully_shard` gives a model a class that cannot be called so.
+    """
+    twin = object.__new__(type(model))
+    twin.__dict__.update(vars(model))
+    return twin
+
+
 def loop_view(model: Any, observer: Observer | None = None) -> Any:
     """A shallow copy of a model for one run of transformers' loop.
 
     Its fresh generation config keeps the checkpoint's settings out of the loop. Its forward, hooks and
     `prepare_inputs_for_generation` are the model's own, so the observer gets the model's actual inputs.
     """
-    view = copy.copy(model)
+    view = twin_of(model)
     view.generation_config = GenerationConfig()
     if observer is not None:
         view.__dict__["_observer"] = observer

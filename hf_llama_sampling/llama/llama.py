@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from ..checks import ReferenceAssertion, check_bool, check_choice, check_int, check_seeds
 from ..defaults import SAMPLING_LOGPROBS, TEMPERATURE, TOP_P
 from ..generation.events import Decoders, TokenEvent
-from ..generation.model_info import check_positions, context_of, eos_ids_of, refuse_encoder_decoder, vocab_size_of
+from ..generation.model_info import (
+    check_positions,
+    context_of,
+    eos_ids_of,
+    refuse_encoder_decoder,
+    refuse_wrapper,
+    vocab_size_of,
+)
 from ..generation.outputs import LlamaGenerateOutput
 from ..generation.prompt_cache import PromptCache
 from ..generation.schedule import Schedule
@@ -882,6 +889,7 @@ def _criteria(stops: StopStrings | None, prompts: list[list[int]], decoders: lis
 
 
 def _check_model(model: Any) -> None:
+    refuse_wrapper(model)
     if isinstance(model, torch.nn.Module) and hasattr(model, "config"):
         refuse_encoder_decoder(model)
         return

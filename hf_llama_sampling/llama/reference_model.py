@@ -5,7 +5,6 @@
 own. What this module does not do: it changes nothing on the model that it is given.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from ..generation.model_info import device_of, vocab_size_of
 from ..generation.probe import goes_on_from_a_cache
 from ..generation.releases import CACHE_NAME, cache_in
 from ..generation.turns import turns_of
+from ..generation.view import twin_of
 
 _IN_DECODER = {"layers": "layers", "tok_embeddings": "embed_tokens", "norm": "norm"}
 _FROM_PARAMS = ("n_layers",)
@@ -49,7 +49,7 @@ def with_reference_interface(model: PreTrainedModel, params: SimpleNamespace) ->
     >>> handle.forward(torch.tensor([[1, 870]]), 0).shape, handle.forward(torch.tensor([[988]]), 2).shape
     (torch.Size([1, 2, 1024]), torch.Size([1, 1, 1024]))
     """
-    handle: Any = copy.copy(with_llama_generation(model))
+    handle: Any = twin_of(with_llama_generation(model))
     handle = _as_reference(handle)
     handle.params = params
     handle.max_seq_len = params.max_seq_len  # the limit of generate, score_tokens and forward

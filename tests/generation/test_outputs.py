@@ -49,6 +49,16 @@ def test_sequences_keep_transformers_convention(tiny_model, schedule):
     assert torch.equal(tiny_model.generate(**padded(RAGGED, "right"), **asked), out.sequences)
 
 
+@pytest.mark.parametrize("as_given", [lambda batch: batch, lambda batch: {"inputs": batch}])
+def test_completions_follow_the_columns_that_were_given(tiny_model, as_given):
+    """Prompts padded beyond the longest, to a fixed width or a multiple, keep it: `sequences[:, T:]` is what is new."""
+    wide = padded([*RAGGED, [9] * 24], "right")
+    given = as_given({"input_ids": wide["inputs"][:-1], "attention_mask": wide["attention_mask"][:-1]})
+    asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": [], "return_dict_in_generate": True}
+    out = tiny_model.generate(**given, **asked)
+    assert out.sequences[:, 24:].tolist() == tiny_model.generate(RAGGED, **asked).tokens
+
+
 @pytest.mark.slow
 def test_finish_reasons_do_not_count_what_lies_beyond_the_limit(tiny_model):
     """In the reference schedule a row goes on beyond its limit, as in the reference; an EOS there is not its own."""

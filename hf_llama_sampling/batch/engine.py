@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..defaults import SAMPLING_LOGPROBS
 from ..llama.llama import Llama
-from ..text.stopping import StopStrings, TextOf
+from ..text.stopping import Cut, StopStrings, TextOf
 from .ordering import cost
 from .requests import Request, Response, respond, respond_with_error
 from .settings import RunSettings
@@ -75,7 +75,8 @@ class Engine:
     def _generate(self, batch: Sequence[Request]) -> list[Response]:
         settings = self.settings
         decoders = [decoder_of(self.llama, request) for request in batch]
-        stops = StopStrings([request.stop for request in batch], len(batch))
+        listed = [request.stop for request in batch]
+        stops = StopStrings(listed, len(batch), self.llama.speller.control_tokens if any(listed) else None)
         prompts = [request.prompt for request in batch]
         made = self.llama.model.generate(
             prompts,
@@ -104,7 +105,11 @@ class Engine:
             if settings.prompt_logprobs:
                 more = {"prompt_tokens": request.prompt, "prompt_logprobs": made.logprobs[row][:start]}
             tokens, reason = made.tokens[row][start:], made.finish_reason[row]
-            responses.append(respond_with_tokens(request, tokens, decoders[row], reason, beside, more))
+            responses.append(
+                respond_with_tokens(
+                    request, tokens, decoders[row], reason, beside, more, stops.cut(row, tokens, decoders[row])
+                )
+            )
         return responses
 
 
@@ -120,6 +125,7 @@ def respond_with_tokens(
     finish_reason: str,
     beside: dict[str, list[Any]],
     more: dict[str, Any] | None = None,
+    cut: Cut | None = None,
 ) -> Response:
     """Build the response from a request's completion, cut at its stop string.
 
@@ -130,8 +136,9 @@ def respond_with_tokens(
         finish_reason: why it ended, if not at a stop string.
         beside: fields with one item per token.
         more: other fields, which come last.
+        cut: where its stop string cuts it; None for nowhere.
     """
-    text, cut = text_of(tokens), StopStrings([request.stop], 1).cut(0, tokens, text_of)
+    text, cut = text_of(tokens), cut or Cut(len(tokens), 0, None)
     fields = {
         "generation": text[: len(text) - cut.dropped],
         "tokens": tokens[: cut.tokens],

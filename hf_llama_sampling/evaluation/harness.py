@@ -267,7 +267,7 @@ class LlamaLM(TemplateLM):
         whole = [self.tok_encode(context) for context in contexts]
         _warn_of_cuts([len(ids) for ids in whole], room)
         prompts = [ids[-room:] for ids in whole]
-        stops = StopStrings([text for text in until if text], len(prompts))
+        stops = StopStrings([text for text in until if text], len(prompts), self.llama.speller.control_tokens)
         output = self.model.generate(
             prompts,
             max_gen_len=max_gen_toks,
@@ -279,10 +279,12 @@ class LlamaLM(TemplateLM):
             stopping_criteria=[stops.criterion(prompts, self.llama.text_of)],
             **{name: value for name, value in asked.items() if name not in left_out},
         )
-        return [
-            str(postprocess_generated_text(self.llama.text_of(tokens), until, think_end_token=None))
-            for tokens in output.tokens
-        ]
+        texts = []
+        for row, tokens in enumerate(output.tokens):
+            text = self.llama.text_of(tokens)
+            text = text[: len(text) - stops.cut(row, tokens, self.llama.text_of).dropped]
+            texts.append(str(postprocess_generated_text(text, until, think_end_token=None)))
+        return texts
 
 
 def _refuse_others(others: dict[str, Any]) -> None:

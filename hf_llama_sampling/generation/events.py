@@ -4,8 +4,8 @@ The loop calls `EventSource` after each step. What this module does not do: it d
 decoders), and it runs nothing (see `streaming`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,11 +49,13 @@ class Decoders:
         prompt: decodes an echoed prompt.
         after: takes a prompt, returns the decoder of its completion.
         is_byte: see `GrowingText`.
+        control_tokens: see `StopStrings`.
     """
 
     prompt: TextOf
     after: Callable[[Sequence[int]], TextOf]
     is_byte: Callable[[int], bool] | None = None
+    control_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Scores(NamedTuple):
@@ -127,7 +129,8 @@ class EventSource:
     def take_plan(self, plan: Plan) -> None:
         """Prepare for the rows of the whole call."""
         self.whole, self.has_named = plan, any(plan.named)
-        self.stops = StopStrings([] if self.stop is None else self.stop, len(plan.prompts))
+        stop = [] if self.stop is None else self.stop
+        self.stops = StopStrings(stop, len(plan.prompts), self.decoders.control_tokens)
         self.rows = [_Row(number, plan, self.decoders, self.stops) for number in range(len(plan.prompts))]
 
     def begin(self, plan: Plan, state: Any, scorer: Any, prompt_rows: Any) -> None:

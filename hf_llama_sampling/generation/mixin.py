@@ -211,7 +211,8 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             decoders = Decoders(lambda ids: "", lambda prompt: lambda ids: "")
         else:
             speller = TokenSpeller(tokenizer)
-            decoders = Decoders(speller.text_of, speller.text_after, speller.is_byte)
+            control = {} if stop is None else speller.control_tokens
+            decoders = Decoders(speller.text_of, speller.text_after, speller.is_byte, control)
         kwargs.pop("return_dict_in_generate", None)
         return stream_events(self, inputs, decoders, stop, kwargs)
 

@@ -41,7 +41,7 @@ class Conversation:
         self.llama = llama
         self.settings = settings
         self.max_gen_len = max_gen_len
-        self.stops = StopStrings(stop, 1)
+        self.stops = StopStrings(stop, 1, llama.speller.control_tokens if stop else None)
         self.llama2_format = chat_format == "llama2" or not llama.has_chat_template
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.start)

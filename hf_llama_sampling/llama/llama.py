@@ -358,7 +358,8 @@ class Llama:
                 are characters.
             max_gen_len: `max_seq_len - 1` if not given.
             stop: strings that end a completion: one or several for all prompts, or a list per prompt. The text is cut
-                right before the first; tokens and logprobs are those of the tokens that lie wholly before it.
+                right before the first; tokens and logprobs are those of the tokens that lie wholly before it. A string
+                may spell control tokens (`"<|im_end|>"`), which the text leaves out.
             details: whether to return each token's id and bytes, and why the completion ended.
             continuing: whether prompt and `generation` add up to the decoded whole. If not, a completion is decoded
                 alone, as in the reference, and a SentencePiece tokenizer then drops the space that it begins with.
@@ -377,7 +378,7 @@ class Llama:
         [{'generation': '\\nIf I have been a b'}]
         """
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
-        stops = None if stop is None else StopStrings(stop, len(ids))
+        stops = self._stops(stop, len(ids))
         decoders = self._decoders(ids, continuing=check_bool("continuing", continuing))
         answers = self.generate(
             prompt_tokens=ids,
@@ -446,7 +447,8 @@ class Llama:
         unsafe = [not template and is_unsafe(dialog, row=row) for row, dialog in enumerate(listed)]
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
         ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
-        stops = None if stop is None else StopStrings(stop, len(listed)).of_rows(asked)
+        given = self._stops(stop, len(listed))
+        stops = None if given is None else given.of_rows(asked)
         flags, named = _flags(logprobs, False, sampling_logprobs), named_ids(logprobs_of, len(listed), self.tokenizer)
         decoders = self._decoders(ids, continuing=False)
         answers: dict[int, tuple[str, dict[str, Any]]] = {}
@@ -563,7 +565,7 @@ class Llama:
         ids = [self._encode(text, row) for row, text in enumerate(as_texts(prompts))]
         self._check_batch(ids)
         top = 0 if logprobs is None else check_int("logprobs", logprobs, least=0)
-        stops = StopStrings([] if stop is None else stop, len(ids))
+        stops = self._stops([] if stop is None else stop, len(ids))
         echo = check_bool("echo", echo, "the answers then start with their prompts")
         decoders = self._decoders(ids, continuing=True)
         output: LlamaGenerateOutput = self.model.generate(
@@ -639,8 +641,7 @@ class Llama:
     ) -> Iterator[TokenEvent]:
         """Yield the events of a run."""
         self._check_batch(ids)
-        if stop is not None:
-            StopStrings(stop, len(ids))
+        self._stops(stop, len(ids))
         speller = self.speller
         options |= {
             "echo": echo,
@@ -651,7 +652,9 @@ class Llama:
             "schedule": self.schedule,
         }
         after = speller.text_after if continuing else lambda prompt: speller.text_of
-        return stream_events(self.model, ids, Decoders(speller.text_of, after, speller.is_byte), stop, options)
+        control = {} if stop is None else speller.control_tokens
+        decoders = Decoders(speller.text_of, after, speller.is_byte, control)
+        return stream_events(self.model, ids, decoders, stop, options)
 
     def text_infilling(
         self,
@@ -700,7 +703,7 @@ class Llama:
             infilling_tokens(prefix, suffix, self.tokenizer, suffix_first=suffix_first)
             for prefix, suffix in zip(before, after, strict=True)
         ]
-        stops = None if stop is None else StopStrings(stop, len(prompts))
+        stops = self._stops(stop, len(prompts))
         decoders: list[TextOf] = [functools.partial(continuing_text, tokenizer=self.tokenizer)] * len(prompts)
         answers = self.generate(
             prompt_tokens=prompts,
@@ -804,6 +807,14 @@ class Llama:
         check_messages(dialog, "the dialog" if row is None else f"dialog {row}")
         assert isinstance(self.tokenizer, TransformersTokenizer)
         return self.tokenizer.encode_chat(dialog)
+
+    @overload
+    def _stops(self, stop: Stop, rows: int) -> StopStrings: ...
+    @overload
+    def _stops(self, stop: Stop | None, rows: int) -> StopStrings | None: ...
+    def _stops(self, stop: Stop | None, rows: int) -> StopStrings | None:
+        """Read the stop strings of a call."""
+        return None if stop is None else StopStrings(stop, rows, self.speller.control_tokens)
 
     def _ends(self, stop_token: int | None) -> list[int]:
         """Return the ids that end a row: EOS, or the one that is given in its place."""

@@ -3,6 +3,7 @@
 What this module does not do: it decodes nothing itself; it is given a function that does.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -39,10 +40,12 @@ class GrowingText(Generic[Item]):
         row: int = 0,
         is_byte: Callable[[int], bool] | None = None,
     ) -> None:
-        self.text_of, self.stops, self.row, self.is_byte = text_of, stops, row, is_byte
-        self.has_stops = stops is not None and bool(stops.by_row[row])
+        self.stops = StopStrings([], row + 1) if stops is None else stops
+        self.text_of = functools.partial(self.stops.shown, text_of=text_of)
+        self.row, self.is_byte = row, is_byte
+        self.has_stops = bool(self.stops.by_row[row])
         self.ids: list[int] = []
-        self.text = ""
+        self.text = ""  # as `StopStrings.shown` gives it
         self.known = 0  # characters of the text that later tokens cannot change
         self.ends: list[int] = []  # `known` after each token
         self.whole = 0  # length of the longest token prefix that decodes to whole characters
@@ -60,7 +63,6 @@ class GrowingText(Generic[Item]):
         self.ends.append(self.known)
         if not self.has_stops:
             return self._release(len(self.ids))
-        assert self.stops is not None
         certain = self.known - self.stops.held_back(self.row, self.text[: self.known])
         return self._release(self._tokens_before(min(certain, self._stop()[0])))
 
@@ -71,9 +73,9 @@ class GrowingText(Generic[Item]):
         at, string = self._stop()
         if string is None:
             released = self._release(len(self.ids))
-            return released, End(self.text[self._sent :], None)
+            return released, End(self.stops.plain(self.text[self._sent :]), None)
         released = self._release(self._tokens_before(at))
-        return released, End(self.text[self._sent : at], string)
+        return released, End(self.stops.plain(self.text[self._sent : at]), string)
 
     def _settle_waiting(self) -> None:
         """Fix the text of earlier byte tokens, now that the next character is complete."""
@@ -90,7 +92,7 @@ class GrowingText(Generic[Item]):
 
     def _stop(self) -> tuple[int, str | None]:
         """Find where the text ends so far, and the stop string there, if any."""
-        found = self.stops.find(self.row, self.text) if self.has_stops and self.stops else None
+        found = self.stops.find(self.row, self.text) if self.has_stops else None
         return (len(self.text), None) if found is None else found
 
     def _tokens_before(self, at: int) -> int:
@@ -103,7 +105,7 @@ class GrowingText(Generic[Item]):
     def _release(self, count: int) -> list[tuple[Item, str]]:
         first = self.released
         starts = [self._sent, *self.ends[first:count]]
-        pieces = [self.text[a:b] for a, b in itertools.pairwise(starts)]
+        pieces = [self.stops.plain(self.text[a:b]) for a, b in itertools.pairwise(starts)]
         items, self.waiting = self.waiting[: len(pieces)], self.waiting[len(pieces) :]
         self.released = max(first, count)
         return list(zip(items, pieces, strict=True))

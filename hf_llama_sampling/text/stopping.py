@@ -1,9 +1,13 @@
 """Stop strings: find where a completion ends; callers cut its tokens and logprobs at `Cut.tokens`.
 
+Decoded text leaves control tokens out, so a stop string that spells one (``<|im_end|>``) would never be met. In the
+text that is searched, each of those that stop strings spell is one private-use character.
+
 What this module does not do: it runs no model; `generation` asks the criterion after each step.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +18,8 @@ from .tokens import INCOMPLETE
 
 Stop = str | Sequence[str] | Sequence[Sequence[str] | None]
 TextOf = Callable[[Sequence[int]], str]
+
+_MARKS = 0xF0000  # the first of the characters that stand for control tokens
 
 
 class Cut(NamedTuple):
@@ -30,6 +36,7 @@ class StopStrings:
     Args:
         stop: a string or several for all rows, or one list (or None) per row.
         rows: B.
+        control_tokens: ids of the tokens that decoded text leaves out, by their spellings.
 
     Raises:
         TypeError: neither strings nor lists of strings.
@@ -39,20 +46,41 @@ class StopStrings:
     (4, '\\n\\n')
     """
 
-    def __init__(self, stop: Stop, rows: int) -> None:
+    def __init__(self, stop: Stop, rows: int, control_tokens: Mapping[str, int] | None = None) -> None:
         self.by_row = _strings_by_row(stop, rows)
+        given = {string for strings in self.by_row for string in strings}
+        spelled = [token for token in control_tokens or {} if any(token in string for string in given)]
+        mark_of = {token: chr(_MARKS + place) for place, token in enumerate(sorted(spelled, key=len, reverse=True))}
+        self.marks = {(control_tokens or {})[token]: mark for token, mark in mark_of.items()}
+        self.searched = {string: _spellings(string, mark_of) for string in given}
 
     def __bool__(self) -> bool:
         return any(self.by_row)
 
     def of_rows(self, rows: Sequence[int]) -> "StopStrings":
         """Select some rows."""
-        return StopStrings([self.by_row[row] for row in rows], len(rows))
+        selected = copy.copy(self)
+        selected.by_row = [self.by_row[row] for row in rows]
+        return selected
+
+    def shown(self, ids: Sequence[int], text_of: TextOf) -> str:
+        """Decode tokens, with a mark for each control token that a stop string spells."""
+        text = text_of(ids)
+        for place in reversed(range(len(ids)) if self.marks else ()):
+            if ids[place] in self.marks:
+                at = len(text_of(ids[:place]))
+                text = text[:at] + self.marks[ids[place]] + text[at:]
+        return text
+
+    def plain(self, text: str) -> str:
+        """Drop the marks of a shown text."""
+        return text.translate({ord(mark): None for mark in self.marks.values()}) if self.marks else text
 
     def find(self, row: int, text: str) -> tuple[int, str] | None:
-        """Find the stop string that comes first in a row's text (the longest at that place), and its place."""
-        found = [(text.find(string), string) for string in self.by_row[row]]
-        return min(((at, string) for at, string in found if at >= 0), key=_first_and_longest, default=None)
+        """Find the stop string that comes first in a row's shown text (the longest at that place), and its place."""
+        found = [(text.find(spelling), spelling, string) for string, spelling in self._of_row(row)]
+        first = min((each for each in found if each[0] >= 0), key=_first_and_longest, default=None)
+        return None if first is None else (first[0], first[2])
 
     def settled(self, row: int, text: str) -> bool:
         """Whether the stop string that was found is final, whatever text follows.
@@ -64,11 +92,15 @@ class StopStrings:
         [False, False, True, True]
         """
         found, known = self.find(row, text), text.rstrip(INCOMPLETE)
-        return found is not None and not any(
-            _first_and_longest((len(known) - size, string)) < _first_and_longest(found)
-            for string in self.by_row[row]
-            for size in range(1, len(string))
-            if known.endswith(string[:size])
+        if found is None:
+            return False
+        at, string = found
+        longest = max(len(spelling) for spelling in self.searched[string] if text.startswith(spelling, at))
+        return not any(
+            (len(known) - size, -len(spelling)) < (at, -longest)
+            for _, spelling in self._of_row(row)
+            for size in range(1, len(spelling))
+            if known.endswith(spelling[:size])
         )
 
     def held_back(self, row: int, text: str) -> int:
@@ -77,7 +109,8 @@ class StopStrings:
         >>> StopStrings("END", 1).held_back(0, "the EN")
         2
         """
-        sizes = (size for string in self.by_row[row] for size in range(1, len(string)) if text.endswith(string[:size]))
+        spellings = [spelling for _, spelling in self._of_row(row)]
+        sizes = (size for string in spellings for size in range(1, len(string)) if text.endswith(string[:size]))
         return max(sizes, default=0)
 
     def criterion(self, prompts: Sequence[Sequence[int]], text_of: TextOf | Sequence[TextOf]) -> StoppingCriteria:
@@ -92,15 +125,19 @@ class StopStrings:
 
     def cut(self, row: int, completion: Sequence[int], text_of: TextOf) -> Cut:
         """Find where a row's completion ends; drop a token that begins before the stop string and reaches into it."""
-        text = text_of(completion)
+        text = self.shown(completion, text_of)
         found = self.find(row, text)
         if found is None:
             return Cut(len(completion), 0, None)
         at, string = found
         kept = len(completion)
-        while kept and len(text_of(completion[:kept])) > at:
+        while kept and len(self.shown(completion[:kept], text_of)) > at:
             kept -= 1
-        return Cut(kept, len(text) - at, string)
+        return Cut(kept, len(self.plain(text[at:])), string)
+
+    def _of_row(self, row: int) -> list[tuple[str, str]]:
+        """List a row's stop strings, each with what to search for."""
+        return [(string, spelling) for string in self.by_row[row] for spelling in self.searched[string]]
 
 
 class _StopStringsCriterion(StoppingCriteria):
@@ -113,15 +150,23 @@ class _StopStringsCriterion(StoppingCriteria):
         """input_ids: (B, T), each row's own text. Returns (B,) bool."""
         rows = zip(input_ids.tolist(), self.prompt_lens, self.decoders, strict=True)
         met = [
-            bool(self.stops.by_row[row]) and self.stops.settled(row, text_of(ids[length:]))
+            bool(self.stops.by_row[row]) and self.stops.settled(row, self.stops.shown(ids[length:], text_of))
             for row, (ids, length, text_of) in enumerate(rows)
         ]
         return torch.tensor(met, device=input_ids.device)
 
 
-def _first_and_longest(found: tuple[int, str]) -> tuple[int, int]:
-    at, string = found
-    return at, -len(string)
+def _first_and_longest(found: tuple[int, str, str]) -> tuple[int, int]:
+    at, spelling, _ = found
+    return at, -len(spelling)
+
+
+def _spellings(string: str, mark_of: Mapping[str, str]) -> list[str]:
+    """List what to search for: the string, and the string with marks for the control tokens that it spells."""
+    marked = string
+    for token, mark in mark_of.items():  # the longest first
+        marked = marked.replace(token, mark)
+    return [string] if marked == string else [string, marked]
 
 
 def _strings_by_row(stop: Any, rows: int) -> list[tuple[str, ...]]:

@@ -97,6 +97,20 @@ class TokenSpeller:
             return None
         return lambda token: token < self.size and _BYTE.fullmatch(self._piece(token)) is not None
 
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that decoded text leaves out, by their spellings."""
+        if self.of_transformers:
+            added = {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
+            special = {
+                token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens
+            }
+            return {token: id_ for token, id_ in (added | special).items() if token and not self.text_of([id_])}
+        if not hasattr(self.tokenizer, "sp_model"):
+            return {}
+        is_control = self.tokenizer.sp_model.is_control
+        return {self._piece(token): token for token in range(self.size) if is_control(token)}
+
     def name_of(self, token: int) -> str:
         r"""A token's own text; for bytes that make no characters alone, OpenAI's ``bytes:\xe4\xbd``."""
         spelled = self.bytes_of(token)

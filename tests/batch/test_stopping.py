@@ -53,6 +53,15 @@ def test_answers_are_cut_right_before_each_records_own_strings(llama, tmp_path, 
     assert sum(after.get("stop_reason") is not None for after in stopped) >= 2
 
 
+def test_a_string_may_spell_a_control_token(tiny_model, control_f, tmp_path):
+    """Of a record, though decoded text leaves the token out; its neighbours go on."""
+    records = [{"prompt": "ROMEO:", "stop": "f"}, {"prompt": "ROMEO:"}, {"prompt": "ROMEO:", "stop": ["zz", "f I"]}]
+    answers = ask_all(Llama(tiny_model, control_f), tmp_path, records, temperature=0, max_gen_len=6)
+    assert [answer["generation"] for answer in answers] == ["\nI", "\nI I have been", "\nI"]
+    assert [answer.get("stop_reason") for answer in answers] == ["f", None, "f I"]
+    assert len(answers[0]["tokens"]) == len(answers[2]["tokens"]) == 2
+
+
 def test_a_string_in_the_prompt_alone_ends_nothing_and_one_at_the_first_token_ends_at_once(llama, tmp_path):
     """The completion counts; a string may begin with the space that it begins with."""
     records = [{"prompt": "The king is", "stop": "The king is"}, {"prompt": "The king is", "stop": " "}]

@@ -151,6 +151,15 @@ def test_every_eos_of_the_checkpoint_ends_a_text(tiny_model, tiny_tokenizer):
     assert text == whole[: whole.index("f")] and len(whole) > len(text) > 0
 
 
+def test_a_task_may_end_texts_at_a_control_token(tiny_model, control_f):
+    """As many do: `<|im_end|>` in `until` is met, though no decoded text shows it."""
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    model = LlamaLM(tiny_model, control_f)
+    assert model._complete(["ROMEO:"], {"until": ["f"], "max_gen_toks": 6}, [1]) == ["\nI"]
+    assert model._complete(["ROMEO:"], {"until": ["f have"], "max_gen_toks": 4}, [1]) == ["\nI I"]
+
+
 def test_a_greedy_task_may_name_settings_of_sampling(ours):
     """They play no part in it, as in the harness; null counts as not given."""
     settings = {"until": ["zz"], "max_gen_toks": 6, "do_sample": False}

@@ -4,9 +4,12 @@ import pytest
 import transformers
 
 from hf_llama_sampling import Llama, Tokenizer
+from hf_llama_sampling.llama.conversation import Conversation
 from hf_llama_sampling.llama.dialog import UNSAFE_ERROR
 from hf_llama_sampling.llama.streaming import TextStreamer
+from hf_llama_sampling.sampling.settings import SamplingSettings
 from hf_llama_sampling.text.stopping import StopStrings
+from hf_llama_sampling.text.tokens import TokenSpeller
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,47 @@ def test_tokens_hold_nothing_of_the_stop_string(llama):
         (ids,), _ = llama.generate([prompt], 24, seeds=5 + row)
         fitting = [k for k in range(len(ids) + 1) if len(llama.text_of(ids[:k])) <= len(answer["generation"])]
         assert len(answer["tokens"]) == max(fitting)
+
+
+@pytest.mark.parametrize(("stop", "kept"), [("f", 2), (["zz", "f I"], 2), (["I", "f"], 1), ([["f"], None], 2)])
+def test_a_stop_string_may_spell_a_control_token(tiny_model, control_f, stop, kept):
+    """Decoded text leaves the token out, and the string is met: in answers, streams and OpenAI's format."""
+    llama = Llama(tiny_model, control_f, max_seq_len=64)
+    prompts = ["ROMEO:", "ROMEO:"]
+    whole = llama.text_completion(prompts, temperature=0, max_gen_len=6, details=True)
+    assert whole[0]["generation"] == "\nI I have been" and whole[0]["ids"][2] == control_f.convert_tokens_to_ids("f")
+    answers = llama.text_completion(prompts, temperature=0, max_gen_len=6, details=True, stop=stop)
+    choices = llama.completions(prompts, temperature=0, max_gen_len=6, logprobs=0, stop=stop)["choices"]
+    events = list(llama.stream_completion(prompts, temperature=0, max_gen_len=6, stop=stop))
+    for row, answer in enumerate(answers):
+        strings, ends = strings_of(stop, row), [event for event in events if event.row == row]
+        count, reason = (kept, strings[-1] if kept > 1 else strings[0]) if strings else (6, None)
+        assert (answer["ids"], answer["stop_reason"]) == (whole[0]["ids"][:count], reason)
+        assert answer["generation"] == ["\n", "\nI", "\nI I have been"][min(count, 3) - 1]
+        assert answer["finish_reason"] == ends[-1].finish_reason == ("stop" if strings else "length")
+        assert [event.id for event in ends] == [*answer["ids"], None] and ends[-1].stop_reason == reason
+        assert "".join(event.text for event in ends) == choices[row]["text"] == answer["generation"]
+        assert len(choices[row]["logprobs"]["tokens"]) == count
+
+
+def test_a_conversation_ends_at_a_control_token(tiny_model, control_f):
+    """What is written, and what the conversation keeps, is the text before it."""
+    llama, written = Llama(tiny_model, control_f, max_seq_len=64), []
+    conversation = Conversation(llama, SamplingSettings(0.0, 0.9), 6, stop=["f"])
+    conversation._encode = lambda messages: llama.tokenizer.encode("ROMEO:", True, False)
+    conversation.ask("Hi", written.append)
+    assert "".join(written) == conversation.messages[-1]["content"] == "\nI"
+
+
+def test_control_tokens_of_a_sentencepiece_file():
+    """They are found by id among tokens of text, and a text that spells them out is met too."""
+    speller = TokenSpeller(Tokenizer(TINY / "tokenizer.model"))
+    stops = StopStrings(["</s>I"], 1, speller.control_tokens)
+    ids = speller.tokenizer.encode("The king", False, False)
+    spelled = speller.tokenizer.encode("x</s>I", False, False)
+    assert stops.cut(0, [*ids, 2, 985, 13], speller.text_of) == (2, len("I\n"), "</s>I")
+    assert stops.cut(0, [*ids, 2, 13], speller.text_of) == (4, 0, None)
+    assert stops.cut(0, spelled, speller.text_of)[1:] == (len("</s>I"), "</s>I")
 
 
 def test_stopped_rows_do_not_draw_on(llama):

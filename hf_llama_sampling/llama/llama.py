@@ -169,7 +169,7 @@ class Llama:
 
         Args:
             ckpt_dir: Meta's own folder (`params.json`, `consolidated.*.pth`, however many shards), a transformers
-                folder, a Hub id, or a GGUF file (or a folder that holds one).
+                folder, a Hub id, a GGUF file (or a folder that holds one), or the folder of an adapter of PEFT.
             tokenizer_path: a SentencePiece file, a transformers tokenizer, or where to find one.
             max_seq_len: most tokens per row, prompt included; None for the checkpoint's context, or LLAMA2's 4,096
                 where, as in Meta's format, the checkpoint does not say.

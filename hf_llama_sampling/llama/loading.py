@@ -5,14 +5,18 @@ never asks on standard input whether to. What this module does not do: it reads 
 Meta's, `tokenizer` SentencePiece's).
 """
 
+import json
 import os
+import pickle
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_int
@@ -24,17 +28,25 @@ from .tokenizer import Tokenizer, TokenizerLike, TransformersTokenizer
 _CONTEXT = 4096  # LLAMA2's; Meta's checkpoints do not say
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _FORMS = "a checkpoint is a folder, a GGUF file or a Hub id"
+# Raised for files that were cut short, or that are mere pointers of git lfs.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, json.JSONDecodeError)
 
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """Call ``auto_class.from_pretrained`` without running a checkpoint's own code.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded without code of its own.
+        ValueError: the checkpoint cannot be loaded without code of its own, or is of another kind.
     """
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            found = re.findall(r"(\w+)Config'>", str(error))
+            raise ValueError(
+                f"a checkpoint must be a decoder-only causal language model, and {name!r} is of another kind "
+                f"({', '.join(found[:1])}): take one that {auto_class.__name__} loads"
+            ) from error
         if "trust_remote_code" not in str(error):
             raise
         kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
@@ -58,7 +70,8 @@ def load_model(
     """Load a model, in eval mode, from any form of checkpoint.
 
     Args:
-        ckpt_dir: Meta's own folder, a transformers folder, a Hub id, a GGUF file or a folder that holds one.
+        ckpt_dir: Meta's own folder, a transformers folder, a Hub id, a GGUF file or a folder that holds one, or the
+            folder of an adapter that PEFT saved.
         placement: dtype and devices.
         max_seq_len: for Meta's format, which does not say; LLAMA2's 4,096 if None.
         tokenizer: for Meta's format, whose embedding must be as large.
@@ -66,7 +79,7 @@ def load_model(
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
         TypeError: `ckpt_dir` is neither a text nor a path.
-        ValueError: it cannot be read without running code, or its parts contradict one another.
+        ValueError: it cannot be read without running code, its parts contradict one another, or weights are missing.
     """
     check_checkpoint(ckpt_dir)
     if not is_meta_folder(ckpt_dir):
@@ -103,15 +116,47 @@ def vocab_sizes(tokenizer: TokenizerLike) -> Sequence[int]:
 
 
 def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedModel:
-    """Load a checkpoint in one of transformers' own forms."""
+    """Load a checkpoint in one of transformers' own forms, or an adapter of PEFT on its base model."""
     source, gguf = _find_checkpoint(name)
+    options: dict[str, Any] = {**placement.options(), **gguf}
     try:
-        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, source, **placement.options(), **gguf)
-        return model.eval()
+        model, found = from_pretrained(
+            AutoModelForCausalLM, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("checkpoint", source, error) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise _unreadable("checkpoint", source, error) from error
     except OSError as error:
         if Path(source).exists():
             raise
         raise _not_to_be_had(source, error) from error
+    _refuse_random_weights(source, found)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _refuse_random_weights(source: str, found: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of its model, which transformers would fill with random numbers."""
+    shapes = {name: f"{name} is {list(its)} and not {list(ours)}" for name, its, ours in found["mismatched_keys"]}
+    for rule, faults in (("lacks", sorted(found["missing_keys"])), ("differs:", sorted(shapes.values()))):
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            raise ValueError(
+                f"a checkpoint must hold every weight of the model that its config.json describes, but {source!r} "
+                f"{rule} {faults[0]}{more}: fetch it again, or save it with save_pretrained of the model that it is of"
+            )
+
+
+def _unreadable(kind: str, source: str, error: BaseException) -> ValueError:
+    """Word the refusal of files that are there and cannot be read."""
+    reason = (str(error).strip() or "they end too early").splitlines()[0].split(". ")[0].rstrip(".")
+    return ValueError(
+        f"the files of a {kind} must be whole, but those of {source!r} cannot be read ({reason}): fetch them again, "
+        "with git lfs if they come by git"
+    )
 
 
 def _not_to_be_had(source: str, error: BaseException) -> FileNotFoundError:
@@ -127,7 +172,8 @@ def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        return str(path), {} if (path / "config.json").is_file() else {"gguf_file": _only_gguf(path)}
+        ours = any((path / config).is_file() for config in ("config.json", "adapter_config.json"))
+        return str(path), {} if ours else {"gguf_file": _only_gguf(path)}
     if not is_hub_id(str(name)):
         raise FileNotFoundError(f"{_FORMS}, and {str(name)!r} does not exist: check the path{_or_hub_id(str(name))}")
     return str(name), {}
@@ -220,6 +266,8 @@ def _load_tokenizer_folder(folder: Path) -> TokenizerLike:
 def _load_transformers_tokenizer(name: str, **options: str) -> TransformersTokenizer:
     try:
         return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
+    except json.JSONDecodeError as error:
+        raise _unreadable("tokenizer", name, error) from error
     except OSError as error:
         raise FileNotFoundError(
             f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r} "

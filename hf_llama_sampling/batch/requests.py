@@ -19,7 +19,7 @@ from ..checks import check_int, check_temperature, check_top_p, first_not_none
 from ..defaults import SAMPLING_LOGPROBS
 from ..generation.model_info import vocab_size_of
 from ..generation.windows import check_stride
-from ..llama.dialog import UNSAFE_ERROR, is_unsafe
+from ..llama.dialog import UNSAFE_ERROR, is_unsafe, with_plain_contents
 from ..llama.llama import Llama
 from ..llama.named_tokens import token_id
 from ..llama.tokenizer import id_before
@@ -325,7 +325,7 @@ class RecordReader:
     def _dialog_tokens(self, name: str, dialog: Any, *, bare: bool) -> list[int]:
         if not isinstance(dialog, list) or not dialog or not all(isinstance(message, dict) for message in dialog):
             raise ValueError(f'{name} must be a list such as [{{"role": "user", "content": "..."}}]')
-        dialog = _with_plain_contents(dialog)
+        dialog = with_plain_contents(dialog)
         if not self.llama.has_chat_template and is_unsafe(dialog):
             raise ValueError(UNSAFE_ERROR)
         ids = self.llama.encode_dialog(dialog)
@@ -356,26 +356,6 @@ def bos_in_vocabulary(given: Any, llama: Llama) -> int:
     """Convert `bos` of scoring to an id, or False for none."""
     token = id_before(llama.tokenizer, given)
     return False if token is None else check_int("bos", token, least=0, most=vocab_size_of(llama.model) - 1)
-
-
-def _with_plain_contents(dialog: list[dict[str, Any]]) -> list[Any]:
-    """Replace contents that are lists of text parts by one text, with a line per part."""
-    messages = []
-    for i, message in enumerate(dialog):
-        parts = message.get("content")
-        if isinstance(parts, list):
-            message = {**message, "content": "\n".join(_part_text(part, i) for part in parts)}
-        messages.append(message)
-    return messages
-
-
-def _part_text(part: Any, message: int) -> str:
-    if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text"):
-        part = part.get("text")
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise ValueError(f"a content's parts must be texts, and one of message {message} is {kind!r}: this reads text only")
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -79,8 +79,9 @@ class LlamaGenerateOutput(GenerateDecoderOnlyOutput):
         """The answer in the completions format of OpenAI's API.
 
         `logprobs` of a choice hold `tokens` (they add up to its `text`), `token_logprobs` and `top_logprobs` (null for
-        a token that nothing stands before), `text_offset` and `bytes`. The best tokens are named by their own texts, or
-        as `bytes:\\xe4` where they spell no whole character.
+        a token that nothing stands before; -9999.0 for less than that, as in that API), `text_offset`, counted from the
+        beginning of the choice's `text`, and `bytes`. The best tokens are named by their own texts, or as
+        `bytes:\\xe4` where they spell no whole character.
 
         Args:
             tokenizer: as for `token_texts`.

@@ -5,7 +5,7 @@ does not do: it generates nothing, decodes nothing, and never changes the dialog
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict
 
 from ..checks import ReferenceAssertion
 
@@ -57,7 +57,7 @@ def dialog_tokens(dialog: Sequence[Message], tokenizer: "TokenizerLike", *, row:
     `is_unsafe` tells whether there are any.
 
     Args:
-        dialog: messages, each with a ``"role"`` and a ``"content"``.
+        dialog: messages, each with a ``"role"`` and a ``"content"``, a text.
         tokenizer: anything with Meta's five members.
         row: which dialog of a batch this is; error messages then name it.
 
@@ -122,6 +122,51 @@ def check_messages(dialog: Sequence[Message], name: str = "the dialog") -> None:
             )
 
 
+def check_template_messages(dialog: Sequence[Message], name: str = "the dialog") -> None:
+    """Refuse messages that a chat template would print as Python prints them: it checks neither roles nor contents.
+
+    Roles are the template's own. A content is a text or a list of text parts; beside `tool_calls` there may be none.
+    """
+    check_messages(dialog, name)
+    for i, message in enumerate(dialog):
+        if not isinstance(message.get("role"), str):
+            _refuse(f"a role is a string, and that of message {i} of {name} is {message.get('role')!r}: give one")
+        content: Any = message.get("content", "")  # a template says itself what it lacks
+        if content is None and message.get("tool_calls"):
+            continue
+        _check_text(joined_parts(content, i), f"message {i} of {name}")
+
+
+def with_plain_contents(dialog: Any) -> Any:
+    """Replace contents that are lists of text parts, as OpenAI's API takes them, by one text, with a line per part."""
+    if not isinstance(dialog, Sequence) or not all(isinstance(message, Mapping) for message in dialog):
+        return dialog  # refused later
+    return [
+        {**message, "content": joined_parts(message["content"], i)}
+        if isinstance(message.get("content"), list)
+        else message
+        for i, message in enumerate(dialog)
+    ]
+
+
+def joined_parts(content: Any, message: int) -> Any:
+    """Join a list of text parts to one text; return any other content as it is.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    return "\n".join(_part_text(part, message) for part in content) if isinstance(content, list) else content
+
+
+def _part_text(part: Any, message: int) -> str:
+    if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text"):
+        part = part.get("text")
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ValueError(f"a content's parts must be texts, and one of message {message} is {kind!r}: this reads text only")
+
+
 def _check_message(message: Message, name: str) -> None:
     for key in ("role", "content"):
         if key not in message:
@@ -131,10 +176,12 @@ def _check_message(message: Message, name: str) -> None:
             f"a role is 'user', 'system' or 'assistant', and that of {name} is {message['role']!r}: use one of the "
             "three"
         )
-    if not isinstance(message["content"], str):
-        _refuse(
-            f"a content is a string, and that of {name} is of type {type(message['content']).__name__}: give its text"
-        )
+    _check_text(message["content"], name)
+
+
+def _check_text(content: object, name: str) -> None:
+    if not isinstance(content, str):
+        _refuse(f"a content is a string, and that of {name} is of type {type(content).__name__}: give its text")
 
 
 def _check_turns(roles: list[Role], name: str) -> None:

@@ -35,7 +35,15 @@ from ..generation.trimming import Compat
 from ..text.openai import completions
 from ..text.stopping import Stop, StopStrings, TextOf
 from ..text.tokens import TokenSpeller
-from .dialog import UNSAFE_ERROR, Dialog, Message, check_messages, dialog_tokens, is_unsafe
+from .dialog import (
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    check_template_messages,
+    dialog_tokens,
+    is_unsafe,
+    with_plain_contents,
+)
 from .infilling import InfillingPrediction, continuing_text, infilling_ids, infilling_tokens, token_pieces
 from .inputs import as_dialogs, as_rows, as_texts
 from .loading import check_checkpoint, load_model, load_tokenizer, load_tokenizer_beside, vocab_sizes
@@ -422,7 +430,8 @@ class Llama:
         returned with `logprobs`; with `compat="fixed"` it is not generated, and they are empty.
 
         Args:
-            dialogs: lists of messages, in a list or anything else that holds them in order.
+            dialogs: lists of messages, in a list or anything else that holds them in order. A content is a text, or a
+                list of text parts as OpenAI's API takes them.
             max_gen_len: `max_seq_len - 1` if not given.
             chat_format: `"llama2"`, the `"template"` that the tokenizer came with, or `"auto"`: the template where
                 there is one. If not given LLAMA2's, with a warning where the tokenizer came with another.
@@ -444,7 +453,7 @@ class Llama:
         """
         listed = as_dialogs(dialogs)
         template = self._uses_template(chat_format)
-        unsafe = [not template and is_unsafe(dialog, row=row) for row, dialog in enumerate(listed)]
+        unsafe = [not template and is_unsafe(with_plain_contents(dialog), row=row) for row, dialog in enumerate(listed)]
         asked = [row for row, flagged in enumerate(unsafe) if self.compat == "meta" or not flagged]
         ids = [self._encode_dialog(listed[row], template=template, row=row) for row in asked]
         given = self._stops(stop, len(listed))
@@ -614,7 +623,7 @@ class Llama:
         listed = as_dialogs(dialogs)
         template = self._uses_template(chat_format)
         for row, dialog in enumerate(listed):
-            if not template and is_unsafe(dialog, row=row):
+            if not template and is_unsafe(with_plain_contents(dialog), row=row):
                 raise ValueError(f"a dialog must hold none of LLAMA2's tags, and dialog {row} does: {UNSAFE_ERROR}")
         return self._stream(
             [self._encode_dialog(dialog, template=template, row=row) for row, dialog in enumerate(listed)],
@@ -803,8 +812,8 @@ class Llama:
 
     def _encode_dialog(self, dialog: Dialog, *, template: bool, row: int | None = None) -> list[int]:
         if not template:
-            return dialog_tokens(dialog, self.tokenizer, row=row)
-        check_messages(dialog, "the dialog" if row is None else f"dialog {row}")
+            return dialog_tokens(with_plain_contents(dialog), self.tokenizer, row=row)
+        check_template_messages(dialog, "the dialog" if row is None else f"dialog {row}")
         assert isinstance(self.tokenizer, TransformersTokenizer)
         return self.tokenizer.encode_chat(dialog)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from .dialog import with_plain_contents
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -23,10 +25,25 @@ class _TooManySteps(Exception):
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]]) -> str:
     """Render a conversation in the tokenizer's own chat format, open for the assistant's answer.
 
+    A content that is a list of text parts becomes one text, with a line per part, if the template takes no lists: if it
+    fails, or prints them as Python does.
+
     Raises:
         ValueError: the template refuses the messages, fails, or does not end.
         ImportError: jinja2 is missing.
     """
+    parts = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    if parts:
+        try:
+            rendered = _rendered(tokenizer, messages)
+        except ValueError:
+            rendered = ""
+        if rendered and not any(str(content) in rendered for content in parts):
+            return rendered
+    return _rendered(tokenizer, with_plain_contents(messages))
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]]) -> str:
     try:
         with _step_budget(_STEPS):
             rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)

@@ -9,6 +9,8 @@ from typing import Any
 
 from .tokens import TokenSpeller, TokenTexts
 
+_LEAST = -9999.0  # OpenAI's logprob of what cannot be, such as a token that a processor forbids: JSON has no infinity
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -65,7 +67,7 @@ class Choice:
         tops = None if self.top_logprobs is None else [*blank, *self._tops(logprobs, speller)]
         return {
             "tokens": self.texts.pieces,
-            "token_logprobs": [*blank, *logprobs[self.unscored :]],
+            "token_logprobs": [*blank, *(max(value, _LEAST) for value in logprobs[self.unscored :])],
             "top_logprobs": tops,
             "text_offset": self.texts.offsets,
             "bytes": [list(spelled) for spelled in self.texts.bytes],
@@ -78,7 +80,7 @@ class Choice:
         for token, logprob, best in list(zip(self.ids, logprobs, self.top_logprobs, strict=True))[self.unscored :]:
             names: dict[str, float] = {}
             for other, value in [*best, (token, logprob)]:
-                names.setdefault(speller.name_of(other), value)
+                names.setdefault(speller.name_of(other), max(value, _LEAST))
             found.append(names)
         return found
 

@@ -1,5 +1,7 @@
 """Token texts and OpenAI's completions format, against plain decoding and lm-evaluation-harness' own parser."""
 
+import json
+
 import pytest
 
 from hf_llama_sampling import Llama, Tokenizer
@@ -88,6 +90,18 @@ def test_without_logprobs_and_with_the_best_alone(tiny_model, tokenizer, prompts
     assert [choice["logprobs"] for choice in out.to_openai(tokenizer)["choices"]] == [None] * 3
     with pytest.raises(ValueError, match="call with logprobs=True"):
         tiny_model.generate(prompts, max_gen_len=2, top_logprobs=1).to_openai(tokenizer)
+
+
+def test_what_cannot_be_has_the_apis_own_least_logprob(tiny_model, tokenizer):
+    """JSON has no infinity: tokens that a processor forbids, among the best ones, have -9999.0."""
+    allowed = [13, 985]
+    asked = {"max_gen_len": 2, "temperature": 0, "logprobs": True, "top_logprobs": 4}
+    out = tiny_model.generate([[1, 367]], **asked, prefix_allowed_tokens_fn=lambda row, ids: allowed)
+    assert {value for _, value in out.top_logprobs[0][0][2:]} == {-float("inf")}
+    answer = json.loads(json.dumps(out.to_openai(tokenizer), allow_nan=False))
+    found = answer["choices"][0]["logprobs"]
+    assert [sorted(names.values())[:2] for names in found["top_logprobs"]] == [[-9999.0, -9999.0]] * 2
+    assert found["token_logprobs"] == out.logprobs[0]
 
 
 def test_the_llama_compatible_api_gives_it_too(tiny_model, tokenizer):

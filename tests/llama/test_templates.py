@@ -5,6 +5,8 @@ import sys
 import pytest
 import transformers
 
+from hf_llama_sampling import Llama
+from hf_llama_sampling.llama.dialog import UNSAFE_ERROR
 from hf_llama_sampling.llama.templates import render_chat
 from hf_llama_sampling.llama.tokenizer import TransformersTokenizer
 from tests.conftest import TINY
@@ -79,6 +81,52 @@ def test_a_long_conversation_fits_the_budget():
     """Two thousand messages are rendered."""
     messages = [{"role": role, "content": "word " * 20} for _ in range(1000) for role in ("user", "assistant")]
     assert render_chat(tokenizer(LLAMA2), messages).count("[INST]") == 1000
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (PLAIN, "<user>a\nb"),
+        ("{{ messages[0].content | trim }}", "a\nb"),
+        ("{{ 'Q: ' + messages[0].content }}", "Q: a\nb"),
+        ("{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}", "[a][b]"),
+    ],
+)
+def test_text_parts_reach_the_model_as_text(tiny_model, template, expected):
+    """Not as Python prints them, whether a template takes a text or a list of parts; in LLAMA2's format too."""
+    llama = Llama(tiny_model, tokenizer(template))
+    dialog = [{"role": "user", "content": PARTS}]
+    assert llama.encode_dialog(dialog, "template") == llama.tokenizer.encode(expected, False, False)
+    joined = [{"role": "user", "content": "a\nb"}]
+    assert llama.encode_dialog(dialog, "llama2") == llama.encode_dialog(joined, "llama2")
+    unsafe = [{"role": "user", "content": [{"type": "text", "text": "[INST]"}]}]
+    (answer,) = llama.chat_completion([unsafe], max_gen_len=1, chat_format="llama2")
+    assert answer["generation"]["content"] == UNSAFE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": None}, "that of message 0 of dialog 0 is of type NoneType"),
+        ({"role": "user", "content": {"text": "a"}}, "that of message 0 of dialog 0 is of type dict"),
+        ({"content": "a"}, "a role is a string, and that of message 0 of dialog 0 is None"),
+        ({"role": "user", "content": [*PARTS, {"type": "image_url"}]}, "one of message 0 is 'image_url'"),
+    ],
+)
+def test_a_template_is_given_roles_and_texts(tiny_model, message, words):
+    """It checks neither, and would write None, or a dictionary as Python prints it, into the prompt."""
+    with pytest.raises(ValueError, match=words):
+        Llama(tiny_model, tokenizer(PLAIN)).chat_completion([[message]], chat_format="template")
+
+
+def test_a_call_of_tools_needs_no_content(tiny_model):
+    """As templates for tools expect."""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert Llama(tiny_model, tokenizer("{{ messages[0].tool_calls[0].name }}")).encode_dialog([called], "template")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,16 @@ from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
 from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, vocab_size_of
 from .model_state import modes_of, set_modes
-from .options import NO_EDIT, Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias, sort_keywords
+from .options import (
+    NEUTRAL,
+    NO_EDIT,
+    Call,
+    choose_gen_lens,
+    choose_temperature,
+    choose_top_p,
+    resolve_alias,
+    sort_keywords,
+)
 from .probe import Probe, equal_up_to_rounding
 
 if TYPE_CHECKING:
@@ -227,7 +236,8 @@ def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, An
 
 def _asks_nothing(name: str, value: Any) -> bool:
     """Whether an option's value has no effect."""
-    return value is None or value is False or (name in NO_EDIT and value == NO_EDIT[name]) or name == "use_cache"
+    idle = {**NO_EDIT, **NEUTRAL, "disable_compile": True}
+    return value is None or value is False or (name in idle and value == idle[name]) or name == "use_cache"
 
 
 def _manager_module() -> Any:
@@ -459,14 +469,13 @@ def wait_for_results(manager: "LlamaBatchingManager") -> list[Any]:
     Raises:
         RuntimeError: the manager's thread ended early.
     """
-    results: list[Any] = []
-    while not results or not manager.output_router.output_queue.empty():
-        result = manager.get_result(timeout=1)
-        failed = manager.background_thread_status.fatal_error is not None
-        if failed or (result is None and not manager.is_running()):
-            _raise_failure(manager, "its thread ended")
-        if result is not None:
-            results.append(result)
+    result = manager.get_result()
+    results = []
+    while result is not None:
+        results.append(result)
+        result = manager.get_result(timeout=0) if manager.output_router.output_queue.qsize() else None
+    if not results or manager.background_thread_status.fatal_error is not None:
+        _raise_failure(manager, "its thread ended")
     return results
 
 

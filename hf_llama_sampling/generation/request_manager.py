@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import math
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
-    OutputRouter,
 )
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
@@ -31,8 +31,10 @@ from .inputs import check_lengths, read_prompts
 from .model_info import check_positions, eos_ids_of, forget_longer_texts, length_limit, vocab_size_of
 from .model_state import ModelState, modes_of, set_modes
 from .options import resolve_alias, sort_keywords
+from .results import Router
 from .turns import turns_of
 
+_LOOP = "loop of continuous batching"  # a thread's name
 _NEEDED = (ModelRunner._sample, ContinuousBatchProcessor.update_batch, RequestState.to_generation_output)
 
 
@@ -52,9 +54,8 @@ class ManagerSettings:
 class LlamaBatchingManager(ContinuousBatchingManager):
     """transformers' manager, whose requests are drawn by LLAMA2's rule, each from its own stream.
 
-    Made by `model.init_continuous_batching` and `model.continuous_batching_context_manager`. Everything but
-    `add_request` and `add_requests` is transformers' own: `start`, `stop`, `pause`, `cancel_request`, `get_result`,
-    iterating over results, `register_result_handler`.
+    Made by `model.init_continuous_batching` and `model.continuous_batching_context_manager`. It has the methods of
+    transformers' manager. Results of a request come in order, whoever waits for which, and none of a cancelled one.
     """
 
     def __init__(
@@ -80,8 +81,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._original_attn_impl = None
         self.settings = settings
         self.sampler = self.logit_processor = RequestSampler(logprobs=settings.logprobs)
-        self.output_router = _Router(self._finish)
-        self._in_flight: set[str] = set()
+        self.output_router = Router(self._finish, self.cancel_request)
         self._state: ModelState | None = None  # in which the model computed what the cache holds
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -129,6 +129,10 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         with self._step():
             super()._generation_step()
 
+    def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
+        """End the loop with the program, which would wait for a manager that nobody stops."""
+        return not _program_has_ended() and super()._generation_loop_body(*args, **kwargs)
+
     def warmup(self) -> None:
         """Capture CUDA graphs (transformers)."""
         with self._paged_attention():
@@ -148,6 +152,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
                 forget_longer_texts(self.model)
                 self.batch_processor = self._create_batch_processor()
                 super().start()
+                self._generation_thread.name = _LOOP
         except BaseException:
             self._restore_mode()
             raise
@@ -215,14 +220,14 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         eos_ids = (
             self.settings.eos_ids if eos_token_id is None else eos_ids_of(self.model, {"eos_token_id": eos_token_id})
         )
-        request_id = self._new_id(request_id)
+        request_id = self._new_id() if request_id is None else self._check_id(request_id)
         given = RequestSettings(
             temperature=check_temperature(first_not_none(temperature, self.settings.temperature)),
             top_p=check_top_p(first_not_none(top_p, self.settings.top_p)),
             seed=int(torch.randint(2**63 - 1, ())) if seed is None else check_seeds([seed], 1)[0],
             request_id=request_id,
         )
-        self._in_flight.add(request_id)
+        self.output_router.results.begin(request_id, self.children_of(request_id))
         if limit == 0:
             self._answer_at_once(request_id, prompt)
             return request_id
@@ -235,10 +240,21 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             eos_token_id=list(eos_ids),
             logit_processor_kwargs={RequestSampler.KEY: given},
         )
-        for each in self._with_children(state):
-            self.input_queue.put(each, timeout=10)
-        self._wake_up_loop.set()
+        self._queue(self._with_children(state))
         return request_id
+
+    def _queue(self, states: Sequence[RequestState]) -> None:
+        """Hand requests to the loop; wait for room in transformers' queue if it goes on."""
+        try:
+            for state in states:
+                self.input_queue.put(state, timeout=10 if self.is_running() else 0.01)
+        except queue.Full as error:
+            self.cancel_request(states[0].request_id)
+            raise RuntimeError(
+                f"the manager's queue is full with max_queue_size={self.input_queue.maxsize} requests: start the "
+                "manager, wait for results, or raise max_queue_size of continuous_batching_config"
+            ) from error
+        self._wake_up_loop.set()
 
     def add_requests(
         self, inputs: Any, max_new_tokens: int | None = None, *, seeds: Any = None, **kwargs: Any
@@ -263,7 +279,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             self._adds_rows = False
 
     def _add_rows(self, prompts: list[list[int]], rows: Sequence[dict[str, Any]], common: Any) -> list[str | None]:
-        names = [self._new_id(None) for _ in prompts]
+        names = [self._new_id() for _ in prompts]
         order = range(len(prompts))
         for row in sorted(order, key=prompts.__getitem__, reverse=True) if self._use_prefix_sharing else order:
             try:
@@ -287,9 +303,48 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             self.batch_processor = None
 
     def cancel_request(self, request_id: str) -> None:
-        """Forget a request: no result comes any more, and others are not disturbed."""
-        self._in_flight.discard(request_id)
-        super().cancel_request(request_id)
+        """Forget a request and its copies: no result comes any more, and others are not disturbed."""
+        for name in (request_id, *self.children_of(request_id)):
+            self.output_router.drop_handler(name)
+            if self.output_router.results.forget(name):
+                super().cancel_request(name)
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        r"""Wait for a result and take it: the first that came, or the first of one request.
+
+        Args:
+            request_id (`str`, *optional*): whose result to take; those of others stay, in their order.
+            timeout (`float`, *optional*): most seconds to wait.
+
+        Returns:
+            None after `timeout`, or if no result can come: the manager does not run, or the request is not in flight.
+
+        Raises:
+            RuntimeError: generation has failed, and all results are taken.
+        """
+        wanted = request_id if self.is_tp_driver else None  # other ranks take no requests, and hear of none
+        result = self.output_router.results.take(wanted, timeout, self.is_running)
+        cause = self.background_thread_status.fatal_error
+        if result is None and cause is not None:
+            raise RuntimeError(f"continuous batching failed: {cause}") from cause
+        return result
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        """Results as they come, until the manager has ended."""
+        while (result := self.get_result()) is not None:
+            yield result
+
+    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+        """Results of one request in order, until it is finished or cancelled."""
+        while (result := self.get_result(request_id)) is not None:
+            yield result
+            if result.is_finished():
+                return
+
+    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
+        """Call `callback` with each result of a request in the running event loop, also with those that came before."""
+        with self.output_router.handing_over(request_id):
+            super().register_result_handler(request_id, callback)
 
     def _check_length(self, input_ids: Any, asked: Any) -> tuple[list[int], int]:
         """Check a prompt and its limit; return both, the limit cut to what `max_seq_len` leaves."""
@@ -326,17 +381,19 @@ class LlamaBatchingManager(ContinuousBatchingManager):
                 "seed and eos_token_id, all else is the manager's"
             )
 
-    def _new_id(self, request_id: str | None) -> str:
-        if request_id is None:
+    def _new_id(self) -> str:
+        while True:
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
+            if not self.output_router.results.knows(request_id):
+                return request_id
+
+    def _check_id(self, request_id: Any) -> str:
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a text, got {request_id!r}")
         if names_a_child(request_id):
             raise ValueError(f"request_id must not be the id of a child, got {request_id!r}: choose another")
-        if request_id in self._in_flight:
-            raise ValueError(f"request_id must be new, but {request_id!r} is in flight: choose another")
         return request_id
 
     def _forget_stale_keys(self) -> None:
@@ -413,8 +470,6 @@ class LlamaBatchingManager(ContinuousBatchingManager):
             )
         if not self.settings.logprobs:
             output.logprobs = []
-        if output.is_finished():
-            self._in_flight.discard(output.request_id)
         return output
 
     def _processor(self) -> ContinuousBatchProcessor:
@@ -458,15 +513,8 @@ def _config_of(module: Any) -> Any:
     return config if hasattr(config, "_attn_implementation") else None
 
 
-class _Router(OutputRouter):
-    """transformers' output router; passes each output through `finish` before delivery."""
-
-    def __init__(self, finish: Callable[[GenerationOutput], GenerationOutput]) -> None:
-        super().__init__()
-        self.finish = finish
-
-    def deliver(self, output: GenerationOutput) -> None:
-        super().deliver(self.finish(output))
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        super().deliver_batch([self.finish(output) for output in outputs])
+def _program_has_ended() -> bool:
+    """Whether nothing is left of the program but its daemons and loops of continuous batching."""
+    main = threading.main_thread()
+    others = (thread for thread in threading.enumerate() if thread is not main and thread.name != _LOOP)
+    return not main.is_alive() and all(thread.daemon for thread in others)

@@ -171,7 +171,8 @@ def test_settings_come_from_request_then_manager_then_metas_defaults(tiny_model)
     expected = tiny_model.generate(RAGGED, max_gen_len=9, seeds=3).tokens
     assert answers(model.generate_batch(RAGGED, max_new_tokens=9, seeds=3)) == expected
     greedy = tiny_model.generate([SHORT], max_gen_len=7, temperature=0).tokens
-    given = transformers.GenerationConfig(do_sample=False, max_new_tokens=7)
+    idle = {"top_k": 0, "typical_p": 1.0, "repetition_penalty": 1.0, "disable_compile": True}  # as trainers say
+    given = transformers.GenerationConfig(do_sample=False, max_new_tokens=7, **idle)
     assert answers(model.generate_batch([SHORT], given)) == greedy
     warm = tiny_model.generate([SHORT], max_gen_len=5, temperature=1.5, top_p=1.0, seeds=8).tokens
     with model.continuous_batching_context_manager(given) as manager:

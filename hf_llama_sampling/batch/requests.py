@@ -57,6 +57,28 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
+    # Those of vLLM, SGLang, text-generation-inference, llama.cpp and Ollama, and newer ones of OpenAI.
+    **dict.fromkeys(("use_beam_search", "early_stopping", "include_stop_str_in_output", "no_stop_trim"), (False,)),
+    **dict.fromkeys(("continue_final_message", "return_full_text", "penalize_nl"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("beam_width", "repeat_penalty", "tfs_z", "guidance_scale", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("mirostat", "dynatemp_range", "dry_multiplier", "xtc_probability", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("n_probs", "top_n_tokens"), (0,)),
+    **dict.fromkeys(("stop_words", "stop_tokens", "bad_words", "suppress_tokens"), ([], "")),
+    **dict.fromkeys(("chat_template_kwargs", "structured_outputs", "extra_body"), ({},)),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ({}, [], "")),
+    **dict.fromkeys(("allowed_token_ids", "add_special_tokens", "truncate_prompt_tokens", "chat_template"), ()),
+    **dict.fromkeys(("max_output_tokens", "max_tokens_to_sample", "n_predict", "num_predict", "reasoning_effort"), ()),
+}
+_REPEAT = "write the record as often, since equal ones get a stream of their own each"
+# What to do instead of dropping a setting of `UNSUPPORTED`.
+_INSTEAD = {
+    **dict.fromkeys(("n", "best_of", "num_return_sequences"), _REPEAT),
+    **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs"), "give it to the run (--{option})"),
+    **dict.fromkeys(("max_output_tokens", "max_tokens_to_sample", "n_predict", "num_predict"), "name it max_gen_len"),
+    **dict.fromkeys(("stop_words", "stop_tokens"), "name it stop"),
+    "temp": "name it temperature",
+    "do_sample": "give a temperature of 0",
 }
 
 
@@ -217,11 +239,12 @@ class RecordReader:
             if name in self.used or name in self.id_names or name in asked_for:
                 continue
             if name in UNSUPPORTED:
-                if field.value in UNSUPPORTED[name]:
+                if field.value in UNSUPPORTED[name] or self._does_anyway(name, field.value):
                     continue
+                way_out = _INSTEAD.get(name, "drop it").format(option=name.replace("_", "-"))
                 raise ValueError(
-                    f"a record has no field {name!r} here, which asks for what this run does not do: drop it, or name "
-                    f"it in keep_fields (--keep-field {name}) if it is data"
+                    f"a record has no field {name!r} here, which asks for what this run does not do: {way_out}, or "
+                    f"name it in keep_fields (--keep-field {name}) if it is data"
                 )
             meant = _misspelled(name, self.setting_names)
             if meant is not None:
@@ -231,6 +254,18 @@ class RecordReader:
                 )
             if not self.names.keep:
                 self.unused.add(name)
+
+    def _does_anyway(self, name: str, value: Any) -> bool:
+        """Whether the run's own settings give what a record asks for: scores, or that its prompt is echoed."""
+        settings, scored = self.settings, self.settings.score
+        given = {
+            "echo": scored,
+            "logprobs": scored or settings.logprobs,
+            "prompt_logprobs": scored or settings.prompt_logprobs,
+            "top_logprobs": True,
+        }
+        best = 0 if isinstance(value, bool) else value
+        return given.get(name, False) and isinstance(best, int | float) and 0 <= best <= settings.top_logprobs
 
     def _kept(self, record: dict[str, Field]) -> tuple[tuple[str, str], ...]:
         keep = self.names.keep
@@ -307,7 +342,8 @@ class RecordReader:
 
     def _text_tokens(self, name: str, text: Any, *, bare: bool) -> list[int]:
         if not isinstance(text, str):
-            raise TypeError(f"{name} must be a text, got {type(text).__name__}: token ids go into prompt_tokens")
+            way_out = "give each a record" if _is_list_of(text, str) else "token ids go into prompt_tokens"
+            raise TypeError(f"{name} must be a text, got {type(text).__name__}: {way_out}")
         tokenizer = self.llama.tokenizer
         ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0 and not bare, eos=False)
         if not ids:

@@ -7,7 +7,7 @@ import transformers
 
 from hf_llama_sampling import Llama, batch
 from hf_llama_sampling.batch.engine import Engine
-from hf_llama_sampling.batch.requests import Refused
+from hf_llama_sampling.batch.requests import UNSUPPORTED, Refused
 from hf_llama_sampling.llama.dialog import dialog_tokens
 from tests.batch.helpers import SETTINGS, ask_all, read, some_records, write
 from tests.conftest import TINY
@@ -51,6 +51,45 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [5]}]}, "'int'"),
     ({"prompt": "a", "seed": json.loads("[" * 60 + "]" * 60)}, "seed"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n": 2}, "write the record as often"),
+        ({"logprobs": True}, "give it to the run (--logprobs)"),
+        ({"top_logprobs": 2}, "give it to the run (--top-logprobs)"),
+        ({"do_sample": False}, "give a temperature of 0"),
+        ({"max_output_tokens": 5}, "name it max_gen_len"),
+        ({"stop_words": ["a"]}, "name it stop"),
+        ({"use_beam_search": True}, "drop it"),
+        ({"include_stop_str_in_output": True}, "drop it"),
+        ({"skip_special_tokens": False}, "drop it"),
+        ({"add_special_tokens": False}, "drop it"),
+        ({"guided_choice": ["a", "b"]}, "drop it"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "drop it"),
+        ({"extra_body": {"top_k": 5}}, "drop it"),
+        ({"repeat_penalty": 1.1}, "drop it"),
+    ],
+    ids=str,
+)
+def test_settings_of_other_programs_are_refused_with_the_way_out(llama, tmp_path, given, words):
+    """They would change the answer; null, and values that ask for nothing, do not."""
+    (name,) = given
+    nothing = [{"prompt": "a", name: value} for value in (None, *UNSUPPORTED[name])]
+    *answers, wrong = ask_all(llama, tmp_path, [*nothing, {"prompt": "a", **given}], max_gen_len=1)
+    assert f"a record has no field {name!r} here" in wrong["error"] and f": {words}" in wrong["error"]
+    assert not any("error" in answer for answer in answers)
+
+
+def test_a_record_may_ask_for_what_the_run_returns(llama, tmp_path):
+    """As requests to servers do: logprobs and the best tokens beside answers, an echoed prompt to be scored."""
+    asked = [{"prompt": "a", "logprobs": True, "top_logprobs": 2}, {"prompt": "a", "logprobs": 3}]
+    first, second = ask_all(llama, tmp_path, asked, max_gen_len=1, logprobs=True, top_logprobs=2)
+    assert len(first["top_logprobs"][0]) == 2 and "give it to the run" in second["error"]
+    echoed = [{"prompt": "the king", "echo": True, "logprobs": 0, "max_tokens": 0}]
+    (scored,) = ask_all(llama, tmp_path, echoed, name="scored", score=True)
+    assert scored["count"] == 2
 
 
 def test_wrong_records_become_error_records_and_the_rest_goes_on(llama, tmp_path, caplog):

@@ -21,6 +21,11 @@ _GROWING = tuple(
     if hasattr(cache_utils, name)
 )
 
+# These write new keys into columns of fixed tensors; one with a sliding window keeps the order until it is full.
+_STATIC = tuple(
+    getattr(cache_utils, name) for name in ("StaticLayer", "StaticSlidingWindowLayer") if hasattr(cache_utils, name)
+)
+
 LayerStates = list[tuple[Tensor, Tensor] | None]
 """Keys and values of one row, (1, heads, T, size) each, of every layer; None for a layer that has none."""
 
@@ -140,6 +145,22 @@ def room_of(cache: Any) -> int | None:
     """Return how many columns a static cache has room for, or None if there is no such limit."""
     layers = (layer for layer in getattr(cache, "layers", ()) if not getattr(layer, "is_sliding", False))
     return min((layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")), default=None)
+
+
+def keys_of(cache: Any, index: int, columns: int) -> Tensor | None:
+    """Return what a layer still holds of the keys of the first `columns` columns: (B, heads, T, size), the last T.
+
+    None if it does not hold them as they were computed, in their order.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if layer is None or not _tensors(layer):
+        return None
+    keys: Tensor = layer.keys
+    if type(layer) in _GROWING:
+        kept = min(keys.shape[2], columns)
+        return keys[:, :, keys.shape[2] - kept :]
+    return keys[:, :, :columns] if type(layer) in _STATIC and columns <= keys.shape[2] else None
 
 
 def bytes_per_column(cache: Any) -> int:

@@ -58,11 +58,11 @@ def _leaves_nothing(model: Any) -> bool:
         and (getattr(model, "tp_size", None) or 1) == 1
         and getattr(model.config, "_attn_implementation", None) in _KNOWN_ATTENTION
         and not any(getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS)
-        and not any(map(_is_watched, model.modules()))
+        and not any(map(is_watched, model.modules()))
     )
 
 
-def _is_watched(module: Any) -> bool:
+def is_watched(module: Any) -> bool:
     """Whether foreign code runs in a module's forward: a class, a hook, or a replaced forward (accelerate's too)."""
     own = vars(module)
     return (

@@ -20,6 +20,7 @@ from ..sampling.sampler import Stream, TokenSampler
 from ..sampling.streams import LookAhead, MetaStream, PromptStreams
 from .adapters import keeps_soft_prompts_in_cache, soft_prompts_of
 from .caches import room_of, rows_of
+from .callers_cache import refuse_another_text
 from .edits import CallersCriteria, LogitEdits
 from .inference import as_ordinary
 from .inputs import beside_tokens, lay_out_beside_tokens
@@ -242,6 +243,7 @@ def run_loop(
     _check_cache(plan, call)
     _check_parts(model, generate, plan, call)
     _check_inputs(plan, call)
+    _check_extras(plan, call)
     if length_limit(model) is not None:
         forget_longer_texts(model)
     if not plan.steps:
@@ -278,11 +280,18 @@ def run_loop(
     leave_generator(plan, stops, by_criterion=any(state.by_criterion), stream=stream)
     if texts is not None and leaves_cache(call):
         texts.add(cache_in(output), output.sequences, row_spans(plan, stops, output.sequences.shape[1]))
-    # Attentions of a ragged batch in the reference schedule do not line up with rows, so omit them.
-    lines_up = plan.padded or not plan.ragged
-    extras = {name: output[name] for name in _EXTRAS if lines_up and output.get(name) is not None}
+    extras = {name: output[name] for name in _EXTRAS if output.get(name) is not None}
+    if plan.forced() is not None:  # its columns do not line up with rows; asked for, others than logits are refused
+        extras = {"logits": _by_new_token(plan, output.logits)} if "logits" in extras else {}
     columns = None if scorer is None else scorer.scores(plan.offsets)
     return Finished(state, stops, output.sequences, PromptScores(columns, prompt_rows), extras)
+
+
+def _by_new_token(plan: Plan, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Arrange a reference run's logits, (B, V) a column, by new token: as many tuples as follow the longest prompt."""
+    lags = [length - plan.shortest for length in plan.lengths]
+    new = len(logits) - max(lags)
+    return tuple(torch.stack([logits[lag + at][row] for row, lag in enumerate(lags)]) for at in range(new))
 
 
 def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: Call) -> Finished:
@@ -401,6 +410,8 @@ def _check_parts(model: Any, generate: Callable[..., Any], plan: Plan, call: Cal
             f"past_key_values holds the beginning of prompts of {plan.start} tokens, and {name} goes on from it "
             "otherwise than it reads them at once: leave it out"
         )
+    if cache is not None:
+        refuse_another_text(model, generate, plan, cache, _length_of(cache))
     if chunk is not None and call.options.get("use_cache") is False:
         raise ValueError(
             f"prefill_chunk_size={chunk} reads prompts in chunks, which needs a cache, and use_cache=False gives none: "
@@ -430,6 +441,16 @@ def _length_of(cache: Any) -> int:
             "past_key_values must know how many tokens it holds, and a cache of recurrent states alone does not: leave "
             "it out"
         ) from error
+
+
+def _check_extras(plan: Plan, call: Call) -> None:
+    """Refuse attentions and hidden states of a ragged reference batch: they come by column, which rows do not share."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if call.options.get(name) and plan.ragged and not plan.padded:
+            raise ValueError(
+                f"{name} needs prompts that end in one column, and those of a ragged batch do not in the reference "
+                'schedule: take schedule="padded", or prompts of one length'
+            )
 
 
 def _check_inputs(plan: Plan, call: Call) -> None:

@@ -27,6 +27,8 @@ from .scoring import (
     unshifted_row_scores,
 )
 
+_EXTRAS = ("output_logits", "output_attentions", "output_hidden_states")
+
 
 @dataclass
 class Rows:
@@ -82,11 +84,12 @@ def _run(
 
 
 def _refuse_for_parts(call: Call) -> None:
-    """Refuse arguments that only one run can take: a streamer, `max_time`, a cache, inputs beside the ids."""
+    """Refuse arguments that only one run can take: a streamer, `max_time`, a cache, inputs beside the ids, extras."""
     beside = [name for name, value in call.to_model.items() if isinstance(value, Tensor) or name == CACHE_NAME]
     beside += beside_tokens(call.to_model)
     names = [name for name in ("streamer",) if call.to_loop.get(name) is not None]
     names += [name for name in ("max_time",) if call.options.get(name) is not None]
+    names += [name for name in _EXTRAS if call.options.get(name)]
     for name in names + beside:
         raise ValueError(
             f"{name} goes with one run, and rows of this model run apart, since they would change each other: pass "

@@ -104,6 +104,46 @@ def test_a_cache_of_other_rows_is_refused(tiny_model, rows, copies):
         assert torch.equal(out, tiny_model.generate(prompts, **asked))
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_another_text_is_refused(tiny_model, static):
+    """One that was filled by another prompt, or is behind other padding: the place is named, and the way out works."""
+    text, other = [1, *range(5, 15)], [1, *range(5, 9), *range(30, 40)]
+    held = StaticCache(config=tiny_model.config, max_cache_len=40) if static else DynamicCache()
+    asked = {"max_gen_len": 3, "temperature": 0, "eos_token_id": []}
+    assert (
+        tiny_model.generate([text], past_key_values=held, **asked).tokens == tiny_model.generate([text], **asked).tokens
+    )
+    with pytest.raises(
+        ValueError, match="at position 5 of row 0 it holds something else: leave it out, and pass prompt_c"
+    ):
+        tiny_model.generate([other], past_key_values=held, **asked)
+    kept = PromptCache()
+    for prompt in (text, other):
+        assert (
+            tiny_model.generate([prompt], prompt_cache=kept, **asked).tokens
+            == tiny_model.generate([prompt], **asked).tokens
+        )
+
+
+def test_a_prefix_is_behind_the_batchs_padding(tiny_model):
+    """A prefix's rows begin in column 0, and of a ragged batch the longest row alone does; what fits goes on."""
+    prefix = [1, 5, 6, 7]
+    asked = {"max_gen_len": 3, "temperature": 0, "eos_token_id": []}
+
+    def held():
+        with torch.no_grad():
+            cache = tiny_model(torch.tensor([prefix])).past_key_values
+        cache.batch_repeat_interleave(2)
+        return cache
+
+    even = [[*prefix, 8, 9], [*prefix, 10, 11]]
+    assert (
+        tiny_model.generate(even, past_key_values=held(), **asked).tokens == tiny_model.generate(even, **asked).tokens
+    )
+    with pytest.raises(ValueError, match="behind the same padding, and at position 0 of row 1"):
+        tiny_model.generate([even[0], even[1][:5]], past_key_values=held(), **asked)
+
+
 def test_a_cache_without_room_is_refused(tiny_model):
     """A static cache holds prompts and new tokens, but for the last."""
     asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": []}

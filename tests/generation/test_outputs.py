@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from hf_llama_sampling import LlamaGenerateOutput
+from tests.bounds import ROUNDING
 from tests.generation.helpers import EOS, OFTEN, RAGGED, SHORT, close, padded
 
 
@@ -57,6 +58,20 @@ def test_completions_follow_the_columns_that_were_given(tiny_model, as_given):
     asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": [], "return_dict_in_generate": True}
     out = tiny_model.generate(**given, **asked)
     assert out.sequences[:, 24:].tolist() == tiny_model.generate(RAGGED, **asked).tokens
+
+
+def test_extra_outputs_of_a_ragged_batch_line_up_with_rows_or_are_refused(tiny_model):
+    """`output_logits` are by new token in both schedules; what comes by column is refused where rows share none."""
+    asked = {"max_gen_len": 4, "seeds": 1, "eos_token_id": []}
+    of = {
+        schedule: tiny_model.generate(RAGGED, **asked, schedule=schedule, output_logits=True).logits
+        for schedule in ("reference", "padded")
+    }
+    assert len(of["reference"]) == len(of["padded"]) == 4
+    torch.testing.assert_close(torch.stack(of["reference"]), torch.stack(of["padded"]), atol=ROUNDING, rtol=0)
+    for name in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(ValueError, match=f'{name} needs prompts that end in one column.*schedule="padded"'):
+            tiny_model.generate(RAGGED, **asked, schedule="reference", **{name: True})
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 from transformers.utils import ModelOutput
 
 from ..checks import check_int, first_not_none, to_list
-from .model_info import check_positions, context_of, vocab_size_of
+from .model_info import check_positions, context_of, scored_size_of, vocab_size_of
 from .prefix import Text
 from .walk import score_texts
 
@@ -49,7 +49,7 @@ def continuations_scored(
     chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
     cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
     starts = read_contexts(contexts, bos_id(model, bos), vocab_size_of(model))
-    listed = read_continuations(continuations, len(starts), vocab_size_of(model))
+    listed = read_continuations(continuations, len(starts), scored_size_of(model))
     _check_fit(starts, listed, context_of(model))
     longest = max(len(start) + len(ids) - 1 for start, rows in zip(starts, listed, strict=True) for ids in rows)
     check_positions(model, longest, "a context and its continuation")

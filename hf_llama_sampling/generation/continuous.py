@@ -23,7 +23,7 @@ from ..checks import PerRow, check_bool, check_count, check_int, check_seeds, fi
 from ..sampling.settings import SamplingSettings
 from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
-from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, vocab_size_of
+from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, scored_size_of, vocab_size_of
 from .model_state import modes_of, set_modes
 from .options import (
     NEUTRAL,
@@ -316,7 +316,7 @@ def _make_manager(
 
 def _requests_stay_apart(model: Any, module: Any) -> bool:
     """Try it out: run two greedy requests together in small steps, and compare their logprobs with `generate`'s."""
-    prompts = [[token % vocab_size_of(model) for token in (1, 38, 75, 112, 149)[:length]] for length in (5, 3)]
+    prompts = [[token % scored_size_of(model) for token in (1, 38, 75, 112, 149)[:length]] for length in (5, 3)]
     settings = module.ManagerSettings(0.0, 1.0, 4, None, (), 1, True)
     config = transformers.ContinuousBatchingConfig(
         page_size=4, num_blocks=16, max_batch_tokens=4, max_requests_per_batch=2, use_async_batching=False

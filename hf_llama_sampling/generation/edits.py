@@ -163,7 +163,7 @@ class _Constraint(LogitsProcessor):
                     continue
                 where = f" for position {input_ids.shape[1]} of row {self.plan.row_ids[row]}"
                 answer = self.allowed(self.plan.row_ids[row], input_ids[place].clone())
-                tokens = check_allowed(answer, self.plan.vocab_size, where)
+                tokens = check_allowed(answer, self.plan.scored_size, where)
                 if not tokens:
                     raise ValueError(
                         f"prefix_allowed_tokens_fn must allow at least one token, but allows none{where}: return the "

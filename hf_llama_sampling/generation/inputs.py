@@ -59,14 +59,16 @@ def read_prompts(
 
 
 def columns_of(inputs: Any) -> int:
-    """Return how many columns the prompts took as they were given, padding included.
+    """Return how many columns the prompts took as they were given, padding included; 0 of what can be read only once.
 
     >>> columns_of(torch.tensor([[0, 0, 1, 5]])), columns_of([[1, 5], [1, 6, 7]])
     (4, 3)
     """
     given = inputs["input_ids"] if isinstance(inputs, Mapping) and "input_ids" in inputs else inputs
     tensor = _as_tensor(given)
-    return tensor.shape[1] if tensor is not None else max(len(to_list(row) or []) for row in to_list(given) or [])
+    if tensor is not None:
+        return tensor.shape[1]
+    return max((len(to_list(row) or []) for row in to_list(given) or []), default=0)
 
 
 def _says_nothing(name: str, values: Any) -> bool:

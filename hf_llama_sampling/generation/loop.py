@@ -323,7 +323,7 @@ def _prompt_scorer(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     if chunk is not None and asked.get("use_cache") is False:
         raise ValueError(
             "use_cache=False reads a prompt at once, and its logits do not fit chunk_bytes: leave use_cache out, or "
-            f"raise chunk_bytes, here to {bytes_for(len(ids), plan.vocab_size, ids.shape[1])}"
+            f"raise chunk_bytes, here to {bytes_for(len(ids), plan.scored_size, ids.shape[1])}"
         )
     sizes = [size for size in (chunk, asked.get("prefill_chunk_size")) if size]
     return PromptScorer(
@@ -512,4 +512,4 @@ def leave_generator(plan: Plan, stops: list[int], *, by_criterion: bool, stream:
         steps = max(column - plan.start + lag for column, lag in zip(stops, lags, strict=True))
     else:
         steps = plan.total_len - plan.shortest
-    stream.leave_after(steps, (len(plan.prompts), plan.vocab_size), plan.device)
+    stream.leave_after(steps, (len(plan.prompts), plan.scored_size), plan.device)

@@ -24,7 +24,15 @@ from .events import Decoders, EventSource, TokenEvent
 from .inference import in_inference_mode, may_be_compiled
 from .inputs import beside_tokens, check_named_ids, columns_of, read_beside_tokens, read_prompts
 from .loop import stream_prompts
-from .model_info import eos_ids_of, named_pad_id, refuse_encoder_decoder, refuse_wrapper, vocab_size_of
+from .model_info import (
+    eos_ids_of,
+    named_pad_id,
+    refuse_encoder_decoder,
+    refuse_unscored,
+    refuse_wrapper,
+    scored_size_of,
+    vocab_size_of,
+)
 from .model_state import drops_cache
 from .options import Call, refuse_caches, resolve_alias, sort_keywords
 from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
@@ -276,11 +284,12 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         """
         refuse_encoder_decoder(self)
         refuse_invocation_tokens(self)
-        top = check_int("top_logprobs", top_logprobs, least=0, most=vocab_size_of(self))
+        top = check_int("top_logprobs", top_logprobs, least=0, most=scored_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
         rows = _read_prompts(self, prompts, attention_mask, {})
-        named = check_named_ids(logprobs_of, len(rows), vocab_size_of(self))
+        refuse_unscored(self, rows, "logprobs", "put it into a context of score_continuations")
+        named = check_named_ids(logprobs_of, len(rows), scored_size_of(self))
         return tokens_scored(
             self,
             _transformers_generate(self),
@@ -377,6 +386,9 @@ def _make_plan(model: Any, prompts: list[list[int]], call: Call, request: Reques
         call.events.take_plan(plan)
     if plan.echo and plan.wants_scores:
         refuse_without_order(model, probe)
+        refuse_unscored(model, prompts, "echoed logprobs", "ask for logprobs without echo")
+    if plan.forced() is not None:
+        refuse_unscored(model, prompts, "ragged batches in the reference schedule", 'take schedule="padded"')
     return plan
 
 

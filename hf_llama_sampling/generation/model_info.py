@@ -4,7 +4,7 @@ What this module does not do: it runs no model.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,37 @@ _OTHER_TOWER = re.compile("vision|visual|image|audio|tower")
 
 
 def vocab_size_of(model: Any) -> int:
-    """Return the number of ids that the model can embed."""
-    return int(model.config.get_text_config().vocab_size)
+    """Return the number of ids that the model can embed: more than its config says if some are for images alone."""
+    named = int(model.config.get_text_config().vocab_size)
+    return max(named, _size_in(model.get_input_embeddings, "num_embeddings") or 0)
+
+
+def scored_size_of(model: Any) -> int:
+    """Return the number of ids that the model's logits have a place for."""
+    return _size_in(model.get_output_embeddings, "out_features") or int(model.config.get_text_config().vocab_size)
+
+
+def _size_in(find_layer: Callable[[], Any], name: str) -> int | None:
+    """Return a size that a layer of the model names; None if it has no such layer or names none."""
+    try:
+        size = getattr(find_layer(), name, None)
+    except NotImplementedError:
+        return None
+    return size if isinstance(size, int) else None
+
+
+def refuse_unscored(model: Any, prompts: Sequence[Sequence[int]], use: str, way_out: str) -> None:
+    """Refuse tokens that the model reads and has no logit of, such as Mllama's for images; `use` needs the logits."""
+    scored = scored_size_of(model)
+    if vocab_size_of(model) <= scored:
+        return
+    for row, prompt in enumerate(prompts):
+        for position, token in enumerate(prompt[1:], 1):
+            if token >= scored:
+                raise ValueError(
+                    f"{use} need a logit of each token, and {type(model).__name__} has none of {token}, at position "
+                    f"{position} of row {row}: {way_out}"
+                )
 
 
 def context_of(model: Any) -> int | None:

@@ -26,7 +26,7 @@ from ..checks import (
     to_python,
 )
 from ..defaults import TEMPERATURE, TOP_P
-from .model_info import runs_in_step, vocab_size_of
+from .model_info import runs_in_step, scored_size_of
 from .option_values import check_option_values
 from .pipelines import added_by_a_pipeline
 from .releases import CACHE_NAME, CACHE_NAMES
@@ -221,7 +221,7 @@ def sort_keywords(
             raise _unknown(name, [*own, *defaults, *of_forward], method, model)
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
-    check_option_values(call.options, vocab_size_of(model))
+    check_option_values(call.options, scored_size_of(model))
     call.from_pipeline = added_by_a_pipeline()
     call.in_step = runs_in_step(model, call.to_loop.get("synced_gpus"))
     return call

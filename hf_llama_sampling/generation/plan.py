@@ -22,8 +22,8 @@ from .model_info import (
     eos_ids_of,
     length_limit,
     pad_id_of,
+    scored_size_of,
     token_broadcast,
-    vocab_size_of,
 )
 from .options import Call, choose_gen_lens, choose_temperature, choose_top_p, resolve_alias
 from .schedule import Layout, Schedule, choose_schedule
@@ -99,7 +99,7 @@ class Plan:
     compat: Compat  # "meta" keeps the reference's quirks
     chunk_bytes: int  # memory for the logits of one chunk of prompt
     share_prefix: bool | None  # whether to prefill common prefixes and equal rows once; None: if it saves enough
-    vocab_size: int  # ids that the model can embed
+    scored_size: int  # ids that the logits have a place for
     device: torch.device  # of token ids
     broadcast_tokens: Callable[[Tensor], Tensor] | None  # makes the ranks of a parallel model take the same tokens (B,)
 
@@ -240,13 +240,13 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
     Raises:
         ValueError, TypeError: a bad value, named with its rule, its row and the way out.
     """
-    options, vocab_size, device = call.options, vocab_size_of(model), device_of(model)
+    options, scored_size, device = call.options, scored_size_of(model), device_of(model)
     check_choice("schedule", request.schedule, ("auto", "reference", "padded"))
     check_choice("compat", request.compat, ("fixed", "meta"))
     echo = check_bool("echo", request.echo)
     logprobs = check_bool("logprobs", request.logprobs, _best_tokens_instead(request.logprobs))
-    top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=vocab_size)
-    named = check_named_ids(request.logprobs_of, len(prompts), vocab_size)
+    top_logprobs = check_int("top_logprobs", request.top_logprobs, least=0, most=scored_size)
+    named = check_named_ids(request.logprobs_of, len(prompts), scored_size)
     sampling_logprobs = check_bool("sampling_logprobs", request.sampling_logprobs)
     chunk_bytes = check_int("chunk_bytes", request.chunk_bytes, least=1)
     copies = check_int("num_return_sequences", first_not_none(options.get("num_return_sequences"), 1), least=1)
@@ -274,7 +274,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         eos_ids=eos_ids,
         pad_id=pad_id,
         # Old checkpoints name a pad token that cannot be embedded, such as -1.
-        fill_id=pad_id if 0 <= pad_id < vocab_size else first_not_none(*eos_ids, 0),
+        fill_id=pad_id if 0 <= pad_id < scored_size else first_not_none(*eos_ids, 0),
         echo=echo,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
@@ -283,7 +283,7 @@ def make_plan(model: Any, prompts: list[list[int]], call: Call, request: Request
         compat=request.compat,
         chunk_bytes=chunk_bytes,
         share_prefix=_share_prefix(request),
-        vocab_size=vocab_size,
+        scored_size=scored_size,
         device=device,
         broadcast_tokens=token_broadcast(model),
     )

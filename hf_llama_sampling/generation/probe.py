@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from .adapters import mixes_adapters, soft_prompts_of
 from .caches import can_be_shared, window_of
-from .model_info import device_of, length_limit, vocab_size_of
+from .model_info import device_of, length_limit, scored_size_of
 from .model_state import drops_cache, trains
 from .releases import CACHE_NAME, CACHE_NAMES, cache_in
 from .view import Observer
@@ -361,7 +361,7 @@ def _counts_positions(model: Any, generate: Callable[..., Any]) -> bool:
 
 def _some_ids(model: Any, count: int) -> Tensor:
     """Make some ids of the vocabulary, (count,)."""
-    return torch.arange(1, count + 1, device=device_of(model)) * 37 % vocab_size_of(model)
+    return torch.arange(1, count + 1, device=device_of(model)) * 37 % scored_size_of(model)
 
 
 def _logits(

@@ -172,7 +172,9 @@ class TokenSpeller:
         return self.text_of([*ids, token])[len(text) :]
 
     def _piece(self, token: int) -> str:
-        """Return a token as the vocabulary writes it; ``<id>`` if the tokenizer cannot tell."""
+        """Return a token as the vocabulary writes it; ``<id>`` if the tokenizer cannot tell, or does not have it."""
+        if token >= self.size:
+            return f"<{token}>"
         if self.of_transformers:
             return str(self.tokenizer.convert_ids_to_tokens(token))
         if hasattr(self.tokenizer, "sp_model"):

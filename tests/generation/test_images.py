@@ -18,6 +18,7 @@ TEXT = {
     "num_attention_heads": 2,
     "max_position_embeddings": 128,
 }
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 16}
 
 
@@ -150,3 +151,41 @@ def test_a_batch_given_as_one_object_loses_no_image(model, images):
     for more in ({"pixel_values": images[:1]}, {"token_type_ids": [[0, *[1] * 8]]}):
         with pytest.raises(ValueError, match=r"may hold input_ids and attention_mask alone.*as \*\*batch"):
             model.generate({**batch, **more}, **GREEDY)
+
+
+def test_tokens_without_a_logit_are_read_and_never_scored():
+    """Mllama embeds more ids than it scores: images are answered as transformers does, and echoed logprobs refused."""
+    vision = {"vision_output_dim": 32, "image_size": 28, "patch_size": 14, "max_num_tiles": 2, "num_global_layers": 1}
+    config = transformers.MllamaConfig(
+        vision_config={
+            **{**VISION, **vision},
+            "num_hidden_layers": 2,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+        text_config={**TEXT, "num_key_value_heads": 1, "cross_attention_layers": [1], **SPECIAL},
+        image_token_index=64,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.MllamaForConditionalGeneration(config).eval()
+    ours, ids = with_llama_generation(theirs), torch.tensor([[1, 64, 5, 6]])
+    image = {
+        "pixel_values": torch.randn(1, 1, 2, 3, 28, 28),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([[[1, 0]]]),
+        "cross_attention_mask": torch.ones(1, 4, 1, 2, dtype=torch.long),
+        "attention_mask": torch.ones_like(ids),
+    }
+    expected = theirs.generate(ids, **image, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    assert torch.equal(ours.generate(ids, **image, **GREEDY), expected)
+    for ask, way_out in (
+        (lambda: ours.generate(ids, **image, **GREEDY, echo=True, logprobs=True), "without echo"),
+        (lambda: ours.generate([[1], [1, 64]], **GREEDY, schedule="reference"), 'schedule="padded"'),
+        (lambda: ours.score_tokens([[1, 64, 5]]), "a context of score_continuations"),
+    ):
+        with pytest.raises(ValueError, match=f"has none of 64, at position 1 of row .*{way_out}"):
+            ask()
+    after = ours(torch.tensor([[1, 64]])).logits[0, -1].detach().log_softmax(-1)[5]
+    assert ours.score_continuations([[1, 64]], [[[5]]]).totals[0][0] == pytest.approx(float(after), abs=1e-5)
+    with pytest.raises(ValueError, match="top_logprobs must be from 0 to 64, got 65"):
+        ours.generate([[1, 64]], **GREEDY, top_logprobs=65)

@@ -101,6 +101,8 @@ def test_names_are_texts_or_bytes():
         "\n",
         " king",
     ]
+    for kind in (fallback, TokenSpeller(Tokenizer(f"{TINY}/tokenizer.model"))):  # a model may have more ids
+        assert (kind.name_of(1030), kind.bytes_of(1030), kind.text_of([542, 1030])) == ("<1030>", b"", "king")
     wrapped = TokenSpeller(TransformersTokenizer(fallback.tokenizer))
     assert wrapped.texts([1, 367, 542]) == fallback.texts([1, 367, 542])
     assert fallback.texts([1, 367, 542]).bytes == [b"", b" The", b" king"]

@@ -6,6 +6,7 @@ What this module does not do: it knows no tensors and no model.
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 PerRow = float | Sequence[float]
@@ -210,3 +211,11 @@ def nonfinite(row: int, position: int) -> ValueError:
         f"the model's logits must be finite, but those for position {position} of row {row} hold nan or inf: "
         "check the weights and the dtype (float16 overflows where bfloat16 and float32 do not)"
     )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves in the place of a large one without git lfs."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).startswith(b"version https://git-lfs")

@@ -268,11 +268,15 @@ def _load_transformers_tokenizer(name: str, **options: str) -> TransformersToken
         return TransformersTokenizer(from_pretrained(AutoTokenizer, name, **options))
     except json.JSONDecodeError as error:
         raise _unreadable("tokenizer", name, error) from error
+    except (ValueError, ImportError):
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"a tokenizer is a file, a folder or a Hub id, and transformers finds no tokenizer under {name!r} "
             f"({str(error).splitlines()[0].rstrip('.')}): check the name, or give the path of a SentencePiece file"
         ) from error
+    except Exception as error:  # tokenizers raises a bare Exception, transformers whatever it trips over
+        raise _unreadable("tokenizer", name, error) from error
 
 
 def is_hub_id(name: str) -> bool:

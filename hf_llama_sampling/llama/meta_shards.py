@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..checks import ReferenceAssertion, ReferenceFileNotFoundError
+from ..checks import ReferenceAssertion, ReferenceFileNotFoundError, is_lfs_pointer
 from .meta_params import feed_forward_size
 
 Shard = dict[str, torch.Tensor]
@@ -171,6 +171,11 @@ def _refuse_file(file: Path, error: Exception) -> NoReturn:
             f"a shard holds tensors only, and {file.name} asks to run {asked[1]}, which was not done: get the "
             "checkpoint from a source you trust"
         ) from error
+    if is_lfs_pointer(file):
+        raise ValueError(
+            f"a shard is a file of tensors written by torch.save, and {file.name} cannot be read as one: it is a "
+            "pointer of git lfs, so fetch the file itself (git lfs pull)"
+        ) from None
     raise ValueError(
         f"a shard is a file of tensors written by torch.save, and {file.name} cannot be read as one "
         f"({type(error).__name__}), so nothing in it was run: copy or download it again, from a source you trust"

@@ -7,13 +7,14 @@ do: it finds no files (`loading` does), pads nothing and cuts nothing.
 
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex, overload, runtime_checkable
 
 from sentencepiece import SentencePieceProcessor
 
-from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool, check_int
+from ..checks import ReferenceFileNotFoundError, ReferenceTypeError, check_bool, check_int, is_lfs_pointer
 from .control_tokens import ControlTokens, warn_of_template_text
 from .dialog import Message, dialog_turns
 from .infilling import continuing_text, continuing_tokens, find_infilling_ids, token_pieces
@@ -22,6 +23,7 @@ from .templates import render_chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a line: a token in base64, and its rank
 _PROBE: list[Message] = [
     {"role": "system", "content": "s"},
     {"role": "user", "content": "u"},
@@ -241,9 +243,13 @@ def _read_sentencepiece(path: Path) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         kind = "folder" if path.is_dir() else "file"
+        way_out = "give the tokenizer.model that came with the checkpoint, or a transformers tokenizer"
+        if is_lfs_pointer(path):
+            way_out = "it is a pointer of git lfs, so fetch the file itself (git lfs pull)"
+        elif kind == "file" and _TIKTOKEN.match(path.read_bytes()[:1024]):
+            way_out = "it is in tiktoken's format, as Llama 3's are, so give the transformers tokenizer of that model"
         raise ValueError(
-            f"a tokenizer is a SentencePiece file, and the {kind} {str(path)!r} is not one: give the tokenizer.model "
-            "that came with the checkpoint, or a transformers tokenizer"
+            f"a tokenizer is a SentencePiece file, and the {kind} {str(path)!r} is not one: {way_out}"
         ) from error
 
 

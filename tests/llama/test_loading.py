@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hf_llama_sampling import Llama, LlamaForCausalLM
+from hf_llama_sampling import Llama, LlamaForCausalLM, Tokenizer
 from tests.conftest import TINY
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
@@ -92,3 +92,39 @@ def test_an_adapters_folder_is_its_model(tiny_model, tmp_path):
     expected = adapted.generate(asked[0], max_gen_len=8, temperature=0).tokens
     assert build(tmp_path).generate(*asked)[0] == expected
     assert tiny_model.generate(asked[0], max_gen_len=8, temperature=0).tokens != expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (POINTER, r"it is a pointer of git lfs, so fetch the file itself \(git lfs pull\)"),
+        (b"IQ== 0\nIg== 1\n", "it is in tiktoken's format, as Llama 3's are"),
+        (b"<!DOCTYPE html>", "give the tokenizer.model that came with the checkpoint"),
+    ],
+    ids=["a pointer of git lfs", "tiktoken", "a page"],
+)
+def test_what_is_in_the_place_of_a_sentencepiece_file_is_named(tmp_path, content, says):
+    """Each has a way out of its own."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match=f"is not one: {says}"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_shard_that_is_a_pointer_of_git_lfs_is_named(tmp_path):
+    """The way out is git's, not another download."""
+    fields = {"dim": 192, "n_layers": 4, "n_heads": 6, "multiple_of": 1, "norm_eps": 1e-5}
+    (tmp_path / "params.json").write_text(json.dumps(fields))
+    (tmp_path / "consolidated.00.pth").write_bytes(POINTER)
+    with pytest.raises(
+        ValueError,
+        match=r"consolidated\.00\.pth cannot be read as one: it is a pointer of git lfs, so fetch the file itself",
+    ):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {}}', "[]", ""])
+def test_a_tokenizers_file_that_is_not_one_is_refused(folder, content):
+    """In one sentence, whatever transformers and tokenizers trip over."""
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="the files of a tokenizer must be whole"):
+        Llama.build(folder, folder, max_seq_len=32, max_batch_size=1)

@@ -99,10 +99,14 @@ class CallersCriteria:
     def __bool__(self) -> bool:
         return bool(self.criteria)
 
-    def __call__(self, input_ids: Tensor, running: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """input_ids: (B, T) columns; running: (B,) rows to ask about. Returns (B,) bool: rows that meet a criterion."""
+    def __call__(self, input_ids: Tensor, running: Tensor, logits: Tensor | None, **kwargs: Any) -> Tensor:
+        """Ask about some rows. transformers hands a tuple of all steps' scores, or None; here it holds the last step's.
+
+        input_ids: (B, T) columns; running: (B,) rows to ask about; logits: (B, V). Returns (B,): rows that are met.
+        """
         met = torch.zeros_like(running)
-        for rows, _, ids in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
+        for rows, source, ids in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
+            scores = None if logits is None else (logits if source is None else logits[source],)
             for criterion in self.criteria:
                 met[rows] |= _check_met(criterion, criterion(ids, scores, **kwargs), met)[rows]
         return met

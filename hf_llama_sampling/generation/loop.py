@@ -48,6 +48,7 @@ class LoopState:
     done: Tensor  # bool: rows that take no further token
     criterion_stops: Tensor  # the column after the one where a criterion of the caller's ended the row, else NEVER
     finite_checks: list[Tensor] = field(default_factory=list)  # per step, off the CPU: finite if the row's logits are
+    logits: Tensor | None = None  # of the last step, after edits, (B, V)
     unsound: Tensor | None = None  # (), bool, off the CPU: whether the last step's logits held nan or inf
     scores: list[TokenScores] = field(default_factory=list)  # of each step's tokens, (B, 1) each
     softmax_probs: list[Tensor] = field(default_factory=list)  # of each step's tokens after temperature
@@ -81,6 +82,7 @@ class SamplingProcessor(LogitsProcessor):
         logits = scores.float()
         if self.edits:
             logits = self.edits(input_ids, logits, state.done)
+        state.logits = logits
         draw = self.sampler(logits, column, with_mass=plan.wants_scores)
         self._look_for_nonfinite(logits, draw, column, scores)
         tokens, given = draw.tokens, None
@@ -146,7 +148,7 @@ class RowStoppingCriteria(StoppingCriteria):
                 ended &= plan.begins < width
         if self.others:
             counts = ~state.done & (plan.begins < width) & (width <= plan.ends)
-            met = counts & self.others(input_ids, counts, scores, **kwargs)
+            met = counts & self.others(input_ids, counts, state.logits, **kwargs)
             met = met if ended is None else met & ~ended
             state.criterion_stops = torch.where(met, width, state.criterion_stops)
             ended = met if ended is None else ended | met

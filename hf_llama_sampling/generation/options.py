@@ -213,7 +213,8 @@ def sort_keywords(
         elif name in LOOP_ARGUMENTS:
             call.to_loop[name] = value
         elif name in options:
-            call.options[name] = value
+            # As in transformers, a call's None takes the checkpoint's EOS away.
+            call.options[name] = [] if name == "eos_token_id" and value is None else value
             call.in_config.discard(name)
         elif name in of_forward:
             call.to_model[name] = value

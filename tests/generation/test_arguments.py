@@ -69,11 +69,14 @@ def test_flags_are_true_or_false(tiny_model, name, value):
     assert tiny_model.generate([SHORT], max_gen_len=2, **{name: np.bool_(True)})[name if name != "echo" else "tokens"]
 
 
-def test_minus_one_means_no_eos(tiny_model):
-    """`eos_token_id=-1` is the usual way to say that nothing ends a text."""
-    out = tiny_model.generate([SHORT] * 4, max_gen_len=40, seeds=0, eos_token_id=-1)
-    assert out.tokens == tiny_model.generate([SHORT] * 4, max_gen_len=40, seeds=0, eos_token_id=[]).tokens
-    assert out.settings["eos_token_id"] == []
+def test_minus_one_and_none_mean_no_eos(tiny_model):
+    """`eos_token_id=-1` and None are the usual ways to say that nothing ends a text; a config's None says nothing."""
+    for none in (-1, None):
+        out = tiny_model.generate([SHORT] * 4, max_gen_len=40, seeds=0, eos_token_id=none)
+        assert out.tokens == tiny_model.generate([SHORT] * 4, max_gen_len=40, seeds=0, eos_token_id=[]).tokens
+        assert out.settings["eos_token_id"] == []
+    config = GenerationConfig(max_new_tokens=1, eos_token_id=None)
+    assert tiny_model.generate([SHORT], config).settings["eos_token_id"] == [EOS]
     ended = tiny_model.generate([SHORT] * 4, max_gen_len=40, seeds=0, eos_token_id=np.array([EOS, OFTEN]))
     assert "stop" in ended.finish_reason
 

@@ -299,3 +299,22 @@ def test_stop_strings_and_criteria(tiny_model, tiny_tokenizer):
     out = tiny_model.generate([SHORT] * 4, max_gen_len=4, seeds=3, stopping_criteria=[After()], eos_token_id=[])
     assert out.tokens == [whole[: min(4, 2 + row)] for row, whole in enumerate(free.tokens)]
     assert out.finish_reason == ["stop"] * 3 + ["length"]
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+def test_criteria_find_the_logits_of_the_step(tiny_model, schedule):
+    """`scores[-1]` is what the last token was drawn from, after edits, whatever stands beside the row in the batch."""
+    seen = []
+
+    class Looks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.extend(zip(input_ids.tolist(), scores[-1], strict=True))
+            return False
+
+    asked = {"max_gen_len": 3, "seeds": 3, "eos_token_id": [], "schedule": schedule, "suppress_tokens": [OFTEN]}
+    tiny_model.generate(RAGGED, stopping_criteria=[Looks()], **asked)
+    assert {len(text) for text, _ in seen} == {3, 4, 5, 6, 8, 9, 10}
+    for text, logits in seen:
+        expected = tiny_model(torch.tensor([text[:-1]])).logits[0, -1].detach()
+        expected[OFTEN] = -math.inf
+        torch.testing.assert_close(logits, expected, atol=ROUNDING, rtol=0)

@@ -2,7 +2,8 @@
 
     python examples/ray_batch.py MODEL IN.jsonl OUT.jsonl ACTORS
 
-Needs the extra `ray`. Lines and answers are those of `hf-llama-sampling batch`; equal lines need a `seed` each.
+Needs the extra `ray`. Lines and answers are those of `hf-llama-sampling batch`; equal lines need a `seed` each, and the
+`line` of an error counts within its block.
 """
 
 import sys
@@ -33,7 +34,7 @@ class Answers:
 
 def main(name: str, asked: str, answered: str, actors: str = "1") -> None:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    records = ray.data.read_text(asked, override_num_blocks=2 * int(actors))
+    records = ray.data.read_text(asked, drop_empty_lines=False, override_num_blocks=2 * int(actors))
     pool = ray.data.ActorPoolStrategy(size=int(actors))
     # On GPUs, num_gpus=1 in place of num_cpus. Half a CPU each leaves some for the tasks that read.
     answers = records.map_batches(Answers, fn_constructor_args=(name,), batch_size=64, compute=pool, num_cpus=0.5)

@@ -23,7 +23,14 @@ from ..checks import PerRow, check_bool, check_count, check_int, check_seeds, fi
 from ..sampling.settings import SamplingSettings
 from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
-from .model_info import check_max_seq_len, eos_ids_of, refuse_encoder_decoder, scored_size_of, vocab_size_of
+from .model_info import (
+    check_max_seq_len,
+    eos_ids_of,
+    refuse_encoder_decoder,
+    refuse_without_weights,
+    scored_size_of,
+    vocab_size_of,
+)
 from .model_state import modes_of, set_modes
 from .options import (
     NEUTRAL,
@@ -214,6 +221,7 @@ def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, An
     """Sort the call's options; refuse those that continuous batching, or this release, does not support."""
     _manager_module()
     refuse_encoder_decoder(model)
+    refuse_without_weights(model)
     refuse_invocation_tokens(model)
     if soft_prompts_of(model) is not None:
         raise ValueError(

@@ -29,6 +29,7 @@ from .model_info import (
     named_pad_id,
     refuse_encoder_decoder,
     refuse_unscored,
+    refuse_without_weights,
     refuse_wrapper,
     scored_size_of,
     vocab_size_of,
@@ -283,6 +284,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         >>> model.score_tokens([[1, 306, 4658], [1, 450]]).logprobs
         """
         refuse_encoder_decoder(self)
+        refuse_without_weights(self)
         refuse_invocation_tokens(self)
         top = check_int("top_logprobs", top_logprobs, least=0, most=scored_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
@@ -340,6 +342,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
         >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
         """
         refuse_encoder_decoder(self)
+        refuse_without_weights(self)
         refuse_invocation_tokens(self)
         loop = _transformers_generate(self)
         probe = Probe(self, loop)
@@ -362,6 +365,7 @@ def _read_call(
 ) -> tuple[Call, list[list[int]], Any]:
     """Sort the keywords of `generate`, and read the prompts as lists; return these beside the prompts as given."""
     refuse_encoder_decoder(model)
+    refuse_without_weights(model)
     refuse_invocation_tokens(model)
     events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
     call = sort_keywords(model, config, kwargs, _OWN_ARGUMENTS)

@@ -155,6 +155,15 @@ def named_pad_id(model: Any, options: dict[str, Any]) -> int | None:
     return None if pad_id is None else int(to_scalar(pad_id))
 
 
+def refuse_without_weights(model: Any) -> None:
+    """Refuse a model whose weights are not there (device meta), and that no hook of accelerate's fetches."""
+    if model.device.type == "meta" and not any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"a model must hold its weights, and those of this {type(model).__name__} are on the device meta, which "
+            "holds none: load it with from_pretrained"
+        )
+
+
 def refuse_encoder_decoder(model: Any) -> None:
     """Refuse an encoder-decoder: LLAMA2's loop continues a prompt, and a decoder beside an encoder has none."""
     if getattr(model.config, "is_encoder_decoder", False):

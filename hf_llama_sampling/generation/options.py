@@ -220,6 +220,11 @@ def sort_keywords(
             call.to_model[name] = value
         else:
             raise _unknown(name, [*own, *defaults, *of_forward], method, model)
+    for name in call.in_config.intersection(own):
+        raise ValueError(
+            f"{name} must stand in the call of {method}, and a generation_config holds options of transformers: take "
+            f"{name}={call.options[name]!r} out of the config"
+        )
     _refuse_options_without_a_place(call.options, method)
     _check_kinds(call)
     check_option_values(call.options, scored_size_of(model))

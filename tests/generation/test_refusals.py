@@ -156,6 +156,11 @@ REFUSED = {
         ["generation_config", "GenerationConfig", "dict"],
     ),
     "config with beams": ({"generation_config": GenerationConfig(num_beams=3)}, ValueError, ["num_beams=3"]),
+    "config with an argument of ours": (
+        {"generation_config": GenerationConfig(seeds=1)},
+        ValueError,
+        ["seeds must stand in the call of generate", "take seeds=1 out of the config"],
+    ),
     "config with a bad value": ({"generation_config": GenerationConfig(eos_token_id=5000)}, ValueError, ["got 5000"]),
     "stop strings without a tokenizer": ({"stop_strings": ["x"]}, ValueError, ["stop_strings", "tokenizer="]),
     "max_time in ragged reference": (
@@ -289,3 +294,20 @@ def test_an_eos_outside_the_vocabulary_in_a_checkpoint_is_named():
     with pytest.raises(ValueError, match="eos_token_id must be from 0 to 7, got 50256"):
         model.generate([[1]], max_gen_len=2)
     assert model.generate([[1]], max_gen_len=2, eos_token_id=2).finish_reason
+
+
+def test_a_model_without_weights_is_refused(tiny_model):
+    """On the device meta, as accelerate's init_empty_weights leaves it: by every method, before it is forwarded."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_model.config)
+    calls = [
+        lambda: model.generate(TWO, max_gen_len=2),
+        lambda: model.score_tokens(TWO),
+        lambda: model.score_continuations([[1]], [[[5]]]),
+        lambda: model.generate_batch(TWO, max_gen_len=2),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"must hold its weights, .* on the device meta, .*: load it with from_pret"
+        ):
+            call()

@@ -22,6 +22,7 @@ def test_two_actors_give_the_answers_of_one_batch_run(tmp_path):
     records = [{"seed": number} | record for number, record in enumerate(some_records(40))]
     records += [{"messages": [{"role": "user", "content": "What is Paris?"}]}, {"id": "wrong", "prompt": 5}]
     asked = write(tmp_path / "in.jsonl", records)
+    asked.write_text(asked.read_text().replace("\n", "\n\n", 1))  # a blank line has its error
     command = [sys.executable, EXAMPLE, TINY, asked, tmp_path / "ray.jsonl", "2"]
     paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -1,13 +1,14 @@
 """Call logits processors and the caller's stopping criteria with each row's own text, and nothing else.
 
 In a ragged batch the loop's columns hold padding before a row's prompt (padded schedule), or only a part of it
-(reference schedule). So processors and criteria are called with rows of one length at a time, cut to their own text,
-and not for rows that are still being forced, are done, or have reached their limit. What this module does not do: it
-draws nothing, and it ends nothing at an EOS or a limit.
+(reference schedule). So processors and criteria are called with rows of one prompt length at a time, cut to their own
+text, and not for rows that are still being forced, are done, or have reached their limit. What this module does not do:
+it draws nothing, and it ends nothing at an EOS or a limit.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class LogitEdits:
         by_options = bool(self.options) or self.constraint.allowed is not None
         self.groups = list(_groups(model, plan, call, self.constraint)) if by_options else []
         self.processors = list(call.to_loop.get("logits_processor") or [])
+        self.of_length = for_each_length(self.processors, plan)
         if plan.ragged:
             _refuse_stateful(self.processors)
 
@@ -67,9 +69,9 @@ class LogitEdits:
             if column >= group.begin:
                 logits = self._by_options(group, input_ids, logits)
         if self.processors:
-            for rows, source, ids in own_texts(self.plan, asked, input_ids):
+            for rows, source, ids, length in own_texts(self.plan, asked, input_ids):
                 scores = logits if source is None else logits[source]
-                for processor in self.processors:
+                for processor in self.of_length[length]:
                     scores = _check_scores(processor, processor(ids, scores), scores)
                 logits = _placed(logits, rows, scores[rows])
         return logits
@@ -95,6 +97,7 @@ class CallersCriteria:
                 raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
             listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
         self.criteria = listed
+        self.of_length = for_each_length(listed, plan)
 
     def __bool__(self) -> bool:
         return bool(self.criteria)
@@ -105,9 +108,9 @@ class CallersCriteria:
         input_ids: (B, T) columns; running: (B,) rows to ask about; logits: (B, V). Returns (B,): rows that are met.
         """
         met = torch.zeros_like(running)
-        for rows, source, ids in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
+        for rows, source, ids, length in own_texts(self.plan, running.nonzero()[:, 0].tolist(), input_ids):
             scores = None if logits is None else (logits if source is None else logits[source],)
-            for criterion in self.criteria:
+            for criterion in self.of_length[length]:
                 met[rows] |= _check_met(criterion, criterion(ids, scores, **kwargs), met)[rows]
         return met
 
@@ -118,8 +121,35 @@ def rows_to_ask(plan: Plan, done: Tensor, column: int) -> list[int]:
     return asked.nonzero()[:, 0].tolist()
 
 
-def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Yield the texts of the rows in `asked`, rows of one length at a time.
+def for_each_length(functions: list[Any], plan: Plan) -> dict[int, list[Any]]:
+    """Return functions to call for the rows of each prompt length: the given ones for the first row's, else copies.
+
+    Many remember the length of the prompts, or count their calls. A shallow copy does so for its own rows.
+    """
+    own = plan.lengths[0]
+    return {length: functions if length == own else list(map(copied, functions)) for length in plan.lengths}
+
+
+def for_each_part(call: Call, parts: int) -> list[Call]:
+    """Return the call for each part of a batch that runs apart: as given for the first, else with copied functions."""
+    names = ("logits_processor", "stopping_criteria")
+    given = {name: call.to_loop[name] for name in names if call.to_loop.get(name)}
+    copies = [{name: list(map(copied, functions)) for name, functions in given.items()} for _ in range(1, parts)]
+    return [call, *(replace(call, to_loop={**call.to_loop, **own}) for own in copies)]
+
+
+def copied(function: Any) -> Any:
+    """Copy a processor or criterion, its attributes shared; what cannot be copied, such as a function, is returned."""
+    try:
+        return copy.copy(function)
+    except Exception:  # its class decides
+        return function
+
+
+def own_texts(
+    plan: Plan, asked: Sequence[int], input_ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor, int]]:
+    """Yield the texts of the rows in `asked`, rows whose prompts have one length at a time.
 
     Processors and criteria may identify rows by their index in the batch, so each is called with a whole batch, in
     which every row in `asked` keeps its index. The other places repeat one of these rows.
@@ -131,20 +161,21 @@ def own_texts(plan: Plan, asked: Sequence[int], input_ids: Tensor) -> Iterator[t
 
     Yields:
         the indices of N rows (N,), the row that each place shows (B,) (None if every place shows its own), and the
-        texts (B, own length).
+        texts (B, own length), and the prompts' length.
     """
-    by_offset: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for row in asked:
-        by_offset.setdefault(plan.offsets[row], []).append(row)
+        by_length.setdefault(plan.lengths[row], []).append(row)
     everyone = range(len(plan.prompts))
-    for offset, rows in by_offset.items():
+    for length, rows in by_length.items():
+        offset = plan.offsets[rows[0]]
         places = torch.tensor(rows, device=input_ids.device)
         if len(rows) == len(plan.prompts):
-            yield places, None, input_ids[:, offset:].clone()  # callers may write to what they get
+            yield places, None, input_ids[:, offset:].clone(), length  # callers may write to what they get
             continue
         shown = set(rows)
         source = torch.tensor([row if row in shown else rows[0] for row in everyone], device=input_ids.device)
-        yield places, source, input_ids[source, offset:]
+        yield places, source, input_ids[source, offset:], length
 
 
 class _Constraint(LogitsProcessor):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .edits import for_each_part
 from .inputs import beside_tokens, lay_out_beside_tokens
 from .loop import Finished, LoopState, row_spans, run_loop
 from .options import Call
@@ -71,14 +72,15 @@ def _run(
     model: Any, generate: Callable[..., Any], parts: list[Plan], call: Call, prompt_cache: PromptCache | None
 ) -> list[Finished]:
     """Run the parts one after the other."""
+    calls = for_each_part(call, len(parts))
     if prompt_cache is None or not any(part.steps for part in parts):
-        return [run_loop(model, generate, part, call) for part in parts]
+        return [run_loop(model, generate, part, own) for part, own in zip(parts, calls, strict=True)]
     texts = [ReadTexts() for _ in parts]
     earlier = prompt_cache.take_out(model)
     for one in texts:
         one.earlier = list(earlier)
     del earlier  # so that a run can free these texts before it needs memory
-    runs = [run_loop(model, generate, part, call, one) for part, one in zip(parts, texts, strict=True)]
+    runs = [run_loop(model, generate, part, own, one) for part, own, one in zip(parts, calls, texts, strict=True)]
     prompt_cache.keep(model, [text for one in texts for text in one.read])
     return runs
 

@@ -318,3 +318,36 @@ def test_criteria_find_the_logits_of_the_step(tiny_model, schedule):
         expected = tiny_model(torch.tensor([text[:-1]])).logits[0, -1].detach()
         expected[OFTEN] = -math.inf
         torch.testing.assert_close(logits, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["reference", "padded"])
+def test_what_a_processor_remembers_is_of_its_own_rows(tiny_model, schedule):
+    """Processors and criteria that remember the prompts' length, or count their calls, answer as for each row alone."""
+
+    class EndsAfter(LogitsProcessor):
+        """Forces an id from the third new token on, and another in every second call."""
+
+        def __init__(self):
+            self.begin, self.calls = None, 0
+
+        def __call__(self, input_ids, scores):
+            self.begin = input_ids.shape[1] if self.begin is None else self.begin
+            self.calls += 1
+            forced = 9 if input_ids.shape[1] - self.begin > 2 else 8 if self.calls % 2 == 0 else None
+            return (
+                scores if forced is None else torch.full_like(scores, -math.inf).index_fill(1, torch.tensor(forced), 0)
+            )
+
+    class AtNine(StoppingCriteria):
+        def __init__(self):
+            self.begin = None
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.begin = input_ids.shape[1] if self.begin is None else self.begin
+            return (input_ids[:, self.begin :] == 9).sum(1) >= 2
+
+    def made(prompts, seeds):
+        asked = {"logits_processor": [EndsAfter()], "stopping_criteria": [AtNine()], "eos_token_id": []}
+        return tiny_model.generate(prompts, max_gen_len=9, seeds=seeds, schedule=schedule, **asked).tokens
+
+    assert made(RAGGED, [0, 1, 2]) == [made([prompt], [seed])[0] for seed, prompt in enumerate(RAGGED)]

@@ -10,6 +10,7 @@ import transformers
 
 from hf_llama_sampling import PromptCache, with_llama_generation
 from hf_llama_sampling.generation.inputs import left_padded
+from hf_llama_sampling.generation.releases import CACHE_NAME
 from hf_llama_sampling.reference import reference_generate
 
 from .measure import Effort, Line, in_turn, line, seconds
@@ -51,7 +52,7 @@ def bare_loop(model: Any, ids: torch.Tensor, steps: int, *, cache: Any = None, l
     """
     made = []
     for _ in range(steps):
-        output = model(ids, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if last_only else {}))
+        output = model(ids, use_cache=True, **{CACHE_NAME: cache}, **({"logits_to_keep": 1} if last_only else {}))
         cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
         made.append(ids)
     return torch.cat(made, dim=1)

@@ -103,9 +103,9 @@ class NeedsMore(LlamaForCausalLM):
 class AllLogits(LlamaForCausalLM):
     """A forward that knows no `logits_to_keep`."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         kwargs.pop("logits_to_keep", None)
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
 
 
 KNOWN = {"position_ids", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}

@@ -55,6 +55,22 @@ def examples(few: int) -> dict[str, int]:
     return {"max_examples": few if profile.derandomize else profile.max_examples}
 
 
+# Two builds of torch may draw other numbers from the same seed, see docs/versions.md.
+OTHER_DRAWS = "this torch draws other numbers from a seed than the one that the answers were recorded with"
+# transformers' forward calls it where it is compiled; torch 2.6 has not got it.
+compiles_forwards = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="transformers compiles no forward under this torch"
+)
+
+
+def draws_as_recorded(seed: int, drawn: list[float]) -> bool:
+    """Whether the generator, seeded so, begins with these exponential numbers; leaves it seeded."""
+    torch.manual_seed(seed)
+    same = torch.empty(len(drawn)).exponential_().tolist() == drawn
+    torch.manual_seed(seed)
+    return same
+
+
 # Tests that use one of these fixtures get its marker, and run on one worker, so that the fixture is made once.
 MARKER_OF_FIXTURE = {
     "weights": "weights",

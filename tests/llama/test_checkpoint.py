@@ -287,6 +287,7 @@ PLACEMENTS = {
 def test_placement_changes_nothing(device_map, dtype, tmp_path):
     """On the CPU, on disk or on both: the same logits and the same generation."""
     original = llama(kv_heads=8).to(dtype)
+    original.model.rotary_emb = llama(kv_heads=8).model.rotary_emb  # `to` rounds its frequencies, loading does not
     model = load(write(tmp_path, original, shards=2, dtype=torch.float32), device_map=device_map, dtype=dtype)
     assert torch.equal(logits(model), logits(original))
     assert torch.equal(generated(model), generated(original))
@@ -389,7 +390,7 @@ def test_code_in_a_checkpoint_is_not_run(save, tmp_path):
         torch.save({"norm.weight": Code(ran)}, file, _use_new_zipfile_serialization=save == "zip")
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth") as caught:
         load(tmp_path)
-    one_sentence(caught, "nothing in it was run" if save == "pickle" else "asks to run getattr, which was not done")
+    one_sentence(caught, "nothing in it was run" if save == "pickle" else "getattr, which was not done")
     assert not ran.exists()
 
 

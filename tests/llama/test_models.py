@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from hf_llama_sampling import Llama, with_llama_generation
-from tests.conftest import TINY
+from tests.conftest import TINY, compiles_forwards
 from tests.llama.test_reference_model import FAMILIES, Ids
 
 
@@ -61,14 +61,22 @@ def test_what_is_no_model_is_refused(model):
         Llama(model, str(TINY))
 
 
+@compiles_forwards
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.compile looks at each attribute of a model
-def test_wrapped_models_answer_as_the_model_itself():
-    """`torch.compile` and PEFT hand out other objects around the same weights."""
-    peft = pytest.importorskip("peft")
+def test_a_compiled_model_answers_as_the_model_itself():
+    """`torch.compile` hands out another object around the same weights."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     want = Llama(plain, str(TINY)).generate([[1, 870]], 6, 0.0)
     compiled = torch.compile(plain, backend="eager", dynamic=True)
     assert Llama(compiled, str(TINY)).generate([[1, 870]], 6, 0.0) == want
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks for an attribute by its older name
+def test_a_model_of_peft_answers_as_the_model_itself():
+    """PEFT too hands out another object around the same weights."""
+    peft = pytest.importorskip("peft")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    want = Llama(plain, str(TINY)).generate([[1, 870]], 6, 0.0)
     lora = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     adapted = Llama(lora, str(TINY))
     assert adapted.generate([[1, 870]], 6, 0.0) == want  # an adapter that is not trained changes nothing

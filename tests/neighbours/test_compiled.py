@@ -10,9 +10,10 @@ import torch
 from transformers import CompileConfig
 
 from hf_llama_sampling import with_llama_generation
+from tests.conftest import compiles_forwards
 from tests.generation.helpers import RAGGED, close
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, compiles_forwards]
 
 ASKED = {"max_gen_len": 5, "seeds": 1, "cache_implementation": "static"}
 MORE = [{}, {"echo": True, "logprobs": True}]

@@ -305,6 +305,9 @@ def lm_eval(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             seeds=arguments.seed,
             apply_chat_template=arguments.apply_chat_template,
+            system_instruction=arguments.system_instruction,
+            fewshot_as_multiturn=arguments.fewshot_as_multiturn,
+            gen_kwargs=arguments.gen_kwargs,
         )
     write(table)
     if target is not None:
@@ -346,6 +349,8 @@ def _check(arguments: argparse.Namespace) -> None:
         seeds_as_given(arguments.seed)
         if not arguments.tasks.strip(","):
             raise ValueError("an evaluation needs at least one task: name it with --tasks")
+        if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+            raise ValueError("examples become turns of a chat template: add --apply-chat-template")
         if arguments.limit is not None and not arguments.limit > 0:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     if getattr(arguments, "seeds", None) is not None:
@@ -558,6 +563,15 @@ def _add_lm_eval(commands: Any) -> None:
     sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=1, help="of sampled tasks (default: %(default)s)")
     sub.add_argument("--apply-chat-template", action="store_true", help="write questions in the tokenizer's own format")
+    sub.add_argument(
+        "--fewshot-as-multiturn", action="store_true", help="with --apply-chat-template: examples as earlier turns"
+    )
+    sub.add_argument("--system-instruction", metavar="TEXT", help="a system message before each question")
+    sub.add_argument(
+        "--gen-kwargs",
+        metavar="NAME=VALUE,...",
+        help="settings of generation in place of the tasks' own: do_sample=True,temperature=0.6,top_p=0.9",
+    )
     sub.add_argument("--output", metavar="FILE", help="where to write the results as JSON; replaces only such files")
     _model_options(sub, compat=False)
 

@@ -290,6 +290,29 @@ def test_the_command_prints_the_table(tasks, ours, tmp_path, capfd, monkeypatch)
     assert {name: written[name] for name in metrics} == metrics
 
 
+def test_the_command_hands_on_what_the_harness_takes(ours, tasks, monkeypatch, capsys):
+    """Settings of generation, a system message and turns; without a download, and over the tasks' own."""
+    from hf_llama_sampling.evaluation import report
+
+    def asked(*options):
+        assert main(["lm-eval", "--tasks", "local_generate", *options]) == 0
+        capsys.readouterr()
+        return found.pop()
+
+    found = []
+    monkeypatch.setattr(report, "find_tasks", lambda names, path: tasks)
+    monkeypatch.setattr("hf_llama_sampling.cli._load", lambda arguments: ours.llama)
+    monkeypatch.setattr(report, "evaluate", lambda *given, **options: found.append(options) or ("", "{}"))
+    chat = asked("--apply-chat-template", "--fewshot-as-multiturn", "--system-instruction", "Be brief.")
+    assert chat["apply_chat_template"] and chat["fewshot_as_multiturn"] and chat["system_instruction"] == "Be brief."
+    plain = asked()
+    assert not plain["fewshot_as_multiturn"] and plain["system_instruction"] is plain["gen_kwargs"] is None
+    given = asked("--gen-kwargs", "max_gen_toks=2,do_sample=False,temperature=0")["gen_kwargs"]
+    answers, _ = outcome(evaluated(ours, tasks, "local_generate", gen_kwargs=given), "local_generate")
+    longer, _ = outcome(evaluated(ours, tasks, "local_generate"), "local_generate")
+    assert sum(map(len, map(str, answers))) < sum(map(len, map(str, longer)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -299,6 +322,7 @@ def test_the_command_prints_the_table(tasks, ours, tmp_path, capfd, monkeypatch)
         (["--tasks", "x", "--limit", "0"], "limit must be above 0"),
         (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot must be at least 0"),
         (["--tasks", "x", "--seed", "-1"], "seeds must"),
+        (["--tasks", "x", "--fewshot-as-multiturn"], "add --apply-chat-template"),
     ],
 )
 def test_the_command_refuses_by_name(arguments, words, capsys, monkeypatch):

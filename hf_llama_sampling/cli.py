@@ -351,6 +351,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("an evaluation needs at least one task: name it with --tasks")
         if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
             raise ValueError("examples become turns of a chat template: add --apply-chat-template")
+        for setting in (arguments.gen_kwargs or "a=1").split(","):
+            if not re.fullmatch(r"\s*\w+=.+", setting):
+                raise ValueError(f"gen_kwargs must be NAME=VALUE with commas in between, got {setting!r}: correct it")
         if arguments.limit is not None and not arguments.limit > 0:
             raise ValueError(f"limit must be above 0, got {arguments.limit}: leave it out for all documents")
     if getattr(arguments, "seeds", None) is not None:

@@ -323,6 +323,7 @@ def test_the_command_hands_on_what_the_harness_takes(ours, tasks, monkeypatch, c
         (["--tasks", "x", "--num-fewshot", "-1"], "num_fewshot must be at least 0"),
         (["--tasks", "x", "--seed", "-1"], "seeds must"),
         (["--tasks", "x", "--fewshot-as-multiturn"], "add --apply-chat-template"),
+        (["--tasks", "x", "--gen-kwargs", "do_sample=True,top_p"], "gen_kwargs must be NAME=VALUE"),
     ],
 )
 def test_the_command_refuses_by_name(arguments, words, capsys, monkeypatch):

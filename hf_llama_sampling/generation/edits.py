@@ -46,7 +46,8 @@ class LogitEdits:
         self.options = call.editing()
         by_options = bool(self.options) or self.constraint.allowed is not None
         self.groups = list(_groups(model, plan, call, self.constraint)) if by_options else []
-        self.processors = list(call.to_loop.get("logits_processor") or [])
+        self.processors = list(map(_as_new, call.to_loop.get("logits_processor") or []))
+        self.keeps_raw = bool(call.options.get("output_logits"))
         self.of_length = for_each_length(self.processors, plan)
         if plan.ragged:
             _refuse_stateful(self.processors)
@@ -71,6 +72,8 @@ class LogitEdits:
         if self.processors:
             for rows, source, ids, length in own_texts(self.plan, asked, input_ids):
                 scores = logits if source is None else logits[source]
+                if self.keeps_raw and source is None:
+                    scores = scores.clone()  # transformers hands out this very tensor; a processor may write to it
                 for processor in self.of_length[length]:
                     scores = _check_scores(processor, processor(ids, scores), scores)
                 logits = _placed(logits, rows, scores[rows])
@@ -301,6 +304,15 @@ def _check_met(criterion: Any, found: Any, met: Tensor) -> Tensor:
 
 def _name_of(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _as_new(processor: Any) -> Any:
+    """Copy a processor whose state would go on in the caller's next call; others are returned."""
+    if type(processor).__name__ not in _STATEFUL:
+        return processor
+    fresh = copy.copy(processor)
+    vars(fresh).update({name: dict(value) for name, value in vars(processor).items() if isinstance(value, dict)})
+    return fresh
 
 
 def _refuse_stateful(processors: Sequence[Any]) -> None:

@@ -140,6 +140,18 @@ WAYS_OUT = {
     "inputs_embeds": "pass token ids",
     "position_ids": "positions follow from the prompts",
 }
+# What other libraries call it.
+_OF_OTHERS = {
+    "stop": "stop_strings",
+    "stop_sequences": "stop_strings",
+    "stop_token_ids": "eos_token_id",
+    "stop_token_id": "eos_token_id",
+    "n": "num_return_sequences",
+    "num_samples": "num_return_sequences",
+    "min_tokens": "min_new_tokens",
+    "prompt_logprobs": "echo",
+    "ignore_eos": "eos_token_id=None",
+}
 # Inputs of models that read more than token ids, as their processors name them.
 _OF_OTHER_MODELS = re.compile("^(pixel|image|video|audio|input_(features|values))|_grid_thw$|token_type_ids$")
 # Arguments of transformers' `generate` that are not options of a config.
@@ -235,7 +247,7 @@ def sort_keywords(
 
 def _unknown(name: str, known: Sequence[str], method: str, model: Any) -> TypeError:
     """Word the refusal of an unknown keyword."""
-    near = ["stop_strings"] if name == "stop" else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = [_OF_OTHERS[name]] if name in _OF_OTHERS else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not _OF_OTHER_MODELS.search(name) or (near and _OF_OTHER_MODELS.search(near[0])):
         hint = f"did you mean {near[0]}?" if near else "its docstring lists what it takes"
         return TypeError(f"{method} has no keyword {name!r}: {hint}")

@@ -235,8 +235,21 @@ def test_processors_with_a_state_for_the_batch_need_prompts_of_one_length(tiny_m
     with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state for a whole"):
         tiny_model.generate(RAGGED, max_gen_len=3, logits_processor=[guidance(1.5, tiny_model)])
     asked = {"max_gen_len": 3, "temperature": 0}
-    by_processor = tiny_model.generate([SHORT] * 2, logits_processor=[guidance(1.5, tiny_model)], **asked)
-    assert by_processor.tokens == tiny_model.generate([SHORT] * 2, guidance_scale=1.5, **asked).tokens
+    guide, expected = guidance(1.5, tiny_model), tiny_model.generate([SHORT] * 2, guidance_scale=1.5, **asked).tokens
+    for _ in range(2):  # its state does not go on in the next call
+        assert tiny_model.generate([SHORT] * 2, logits_processor=[guide], **asked).tokens == expected
+
+
+def test_a_processor_that_writes_to_its_scores_leaves_output_logits_raw(tiny_model):
+    """transformers hands out the tensor that processors get; here they get a copy of it."""
+
+    def forbid(input_ids, scores):
+        scores[:, OFTEN] = -math.inf
+        return scores
+
+    asked = {"max_gen_len": 2, "temperature": 0, "output_logits": True, "return_dict_in_generate": True}
+    out = tiny_model.generate([SHORT] * 2, logits_processor=[forbid], **asked)
+    assert all(bool(logits.isfinite().all()) for logits in out.logits)
 
 
 def test_a_processor_may_forbid_tokens(tiny_model):

@@ -5,6 +5,7 @@ never asks on standard input whether to. What this module does not do: it reads 
 Meta's, `tokenizer` SentencePiece's).
 """
 
+import importlib.util
 import json
 import os
 import pickle
@@ -118,7 +119,30 @@ def vocab_sizes(tokenizer: TokenizerLike) -> Sequence[int]:
 def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedModel:
     """Load a checkpoint in one of transformers' own forms, or an adapter of PEFT on its base model."""
     source, gguf = _find_checkpoint(name)
+    if _is_adapter(source):
+        return _load_adapter(source, placement)
     options: dict[str, Any] = {**placement.options(), **gguf}
+    return _load(source, options, "fetch it again, or save it with save_pretrained of the model that it is of")
+
+
+def _load_adapter(source: str, placement: Placement) -> PreTrainedModel:
+    """Load an adapter and its base model, as transformers does; say where else to go if it cannot."""
+    base = json.loads(Path(source, "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    way_out = "load both with PEFT's PeftModel.from_pretrained, and give Llama the object"
+    if not isinstance(base, str):
+        raise ValueError(f"an adapter must name its base model, and {source!r} names {base!r}: {way_out}")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"{source!r} is the folder of an adapter, which needs PEFT to be loaded: pip install peft")
+    _find_checkpoint(base)
+    try:
+        return _load(source, placement.options(), way_out)
+    except ValueError as error:
+        if "prompt learning" not in str(error):
+            raise
+        raise ValueError(f"transformers loads no soft prompts, and {source!r} holds some: {way_out}") from error
+
+
+def _load(source: str, options: dict[str, Any], way_out: str) -> PreTrainedModel:
     try:
         model, found = from_pretrained(
             AutoModelForCausalLM, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -133,12 +157,17 @@ def _load_transformers(name: str | Path, placement: Placement) -> PreTrainedMode
         if Path(source).exists():
             raise
         raise _not_to_be_had(source, error) from error
-    _refuse_random_weights(source, found)
+    _refuse_random_weights(source, found, way_out)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _refuse_random_weights(source: str, found: dict[str, Any]) -> None:
+def _is_adapter(source: str) -> bool:
+    """Whether this is a folder that holds an adapter of PEFT and no model."""
+    return Path(source, "adapter_config.json").is_file() and not Path(source, "config.json").is_file()
+
+
+def _refuse_random_weights(source: str, found: dict[str, Any], way_out: str) -> None:
     """Refuse a checkpoint that lacks weights of its model, which transformers would fill with random numbers."""
     shapes = {name: f"{name} is {list(its)} and not {list(ours)}" for name, its, ours in found["mismatched_keys"]}
     for rule, faults in (("lacks", sorted(found["missing_keys"])), ("differs:", sorted(shapes.values()))):
@@ -146,7 +175,7 @@ def _refuse_random_weights(source: str, found: dict[str, Any]) -> None:
             more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             raise ValueError(
                 f"a checkpoint must hold every weight of the model that its config.json describes, but {source!r} "
-                f"{rule} {faults[0]}{more}: fetch it again, or save it with save_pretrained of the model that it is of"
+                f"{rule} {faults[0]}{more}: {way_out}"
             )
 
 
@@ -172,7 +201,7 @@ def _find_checkpoint(name: str | Path) -> tuple[str, dict[str, str]]:
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        ours = any((path / config).is_file() for config in ("config.json", "adapter_config.json"))
+        ours = (path / "config.json").is_file() or _is_adapter(str(path))
         return str(path), {} if ours else {"gguf_file": _only_gguf(path)}
     if not is_hub_id(str(name)):
         raise FileNotFoundError(f"{_FORMS}, and {str(name)!r} does not exist: check the path{_or_hub_id(str(name))}")

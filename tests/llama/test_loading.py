@@ -1,5 +1,6 @@
 """Checkpoints in transformers' forms: whole ones, broken ones, and adapters of PEFT."""
 
+import importlib.util
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hf_llama_sampling import Llama, LlamaForCausalLM, Tokenizer
+from hf_llama_sampling import Llama, LlamaForCausalLM
 from tests.conftest import TINY
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
@@ -76,55 +77,50 @@ def test_a_model_of_another_kind_is_refused_for_what_it_is(tmp_path):
         build(tmp_path)
 
 
+def saved_adapter(folder, adapter, base=str(TINY)):
+    """Save a model under an adapter as PEFT does, with the name of its base model."""
+    adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), adapter).eval()
+    adapted.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    return adapted
+
+
+def lora(**more):
+    return peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **more)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @torch.no_grad()
 def test_an_adapters_folder_is_its_model(tiny_model, tmp_path):
     """PEFT writes the base model's name beside the adapter, and both are loaded."""
-    adapted = peft.get_peft_model(
-        LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32),
-        peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
-    ).eval()
-    adapted.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(TINY)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapted = saved_adapter(tmp_path, lora())
     asked = [[1, 17, 300]], 8, 0.0
     expected = adapted.generate(asked[0], max_gen_len=8, temperature=0).tokens
     assert build(tmp_path).generate(*asked)[0] == expected
     assert tiny_model.generate(asked[0], max_gen_len=8, temperature=0).tokens != expected
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("adapter", "base", "says"),
     [
-        (POINTER, r"it is a pointer of git lfs, so fetch the file itself \(git lfs pull\)"),
-        (b"IQ== 0\nIg== 1\n", "it is in tiktoken's format, as Llama 3's are"),
-        (b"<!DOCTYPE html>", "give the tokenizer.model that came with the checkpoint"),
+        (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), str(TINY), "transformers loads no soft"),
+        (lora(), None, "must name its base model, and .* names None: load both with PEFT"),
+        (lora(), "/no/such/base", "'/no/such/base' does not exist: check the path"),
     ],
-    ids=["a pointer of git lfs", "tiktoken", "a page"],
+    ids=["soft prompts", "no base", "a base that is not there"],
 )
-def test_what_is_in_the_place_of_a_sentencepiece_file_is_named(tmp_path, content, says):
-    """Each has a way out of its own."""
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=f"is not one: {says}"):
-        Tokenizer(tmp_path / "tokenizer.model")
-
-
-def test_a_shard_that_is_a_pointer_of_git_lfs_is_named(tmp_path):
-    """The way out is git's, not another download."""
-    fields = {"dim": 192, "n_layers": 4, "n_heads": 6, "multiple_of": 1, "norm_eps": 1e-5}
-    (tmp_path / "params.json").write_text(json.dumps(fields))
-    (tmp_path / "consolidated.00.pth").write_bytes(POINTER)
-    with pytest.raises(
-        ValueError,
-        match=r"consolidated\.00\.pth cannot be read as one: it is a pointer of git lfs, so fetch the file itself",
-    ):
+def test_adapters_that_cannot_be_loaded_are_refused(tmp_path, adapter, base, says):
+    """With the way out, or with what is missing."""
+    saved_adapter(tmp_path, adapter, base)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
         build(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"model": {}}', "[]", ""])
-def test_a_tokenizers_file_that_is_not_one_is_refused(folder, content):
-    """In one sentence, whatever transformers and tokenizers trip over."""
-    (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="the files of a tokenizer must be whole"):
-        Llama.build(folder, folder, max_seq_len=32, max_batch_size=1)
+def test_an_adapter_without_peft_is_refused(tmp_path, monkeypatch):
+    """It says what to install."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(TINY)}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="an adapter, which needs PEFT to be loaded: pip install peft"):
+        build(tmp_path)

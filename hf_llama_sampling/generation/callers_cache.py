@@ -19,6 +19,10 @@ from .plan import Plan
 from .releases import CACHE_NAME
 
 
+# Of the largest key. Either may be rounded to 16 bits, which the dtype does not tell: under autocast it is float32.
+_ROUNDING = 0.02
+
+
 class _FirstKeys(Exception):
     """Ends a forward with the first keys that it computes."""
 
@@ -57,8 +61,7 @@ def refuse_another_text(model: Any, generate: Callable[..., Any], plan: Plan, ca
         return
     computed = found.keys[:, :, held - given.shape[2] :].float()
     shown = plan.layout[1][:, held - given.shape[2] : held].bool().to(computed.device)  # (B, columns)
-    size = computed.abs().max()
-    allowed = min(0.1, 1000 * torch.finfo(model.dtype).eps) * size
+    allowed = _ROUNDING * computed.abs().max()
     differs = ((computed - given.float()).abs().amax((1, 3)) > allowed) & shown
     if differs.any():
         row, column = differs.nonzero()[0].tolist()

@@ -107,7 +107,7 @@ def test_a_cache_of_other_rows_is_refused(tiny_model, rows, copies):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_of_another_text_is_refused(tiny_model, static):
     """One that was filled by another prompt, or is behind other padding: the place is named, and the way out works."""
-    text, other = [1, *range(5, 15)], [1, *range(5, 9), *range(30, 40)]
+    text, other = [1, *range(305, 315)], [1, *range(305, 309), *range(430, 440)]
     held = StaticCache(config=tiny_model.config, max_cache_len=40) if static else DynamicCache()
     asked = {"max_gen_len": 3, "temperature": 0, "eos_token_id": []}
     assert (
@@ -123,6 +123,16 @@ def test_a_cache_of_another_text_is_refused(tiny_model, static):
             tiny_model.generate([prompt], prompt_cache=kept, **asked).tokens
             == tiny_model.generate([prompt], **asked).tokens
         )
+
+
+def test_a_cache_that_was_computed_in_other_bits_is_taken(tiny_model):
+    """Caches of plain forwards in float32 and under autocast, and `generate` in the other."""
+    ids = torch.tensor([[1, *range(40, 80)]])
+    for first in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+            held = tiny_model(ids[:, :30]).past_key_values
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not first):
+            assert tiny_model.generate(ids, past_key_values=held, max_gen_len=2, temperature=0).shape[1] > 41
 
 
 def test_a_prefix_is_behind_the_batchs_padding(tiny_model):

@@ -8,7 +8,6 @@ this module does not do: it compares no keys of the layers above, which follow f
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
@@ -17,7 +16,6 @@ from .inference import is_watched
 from .model_state import trains
 from .plan import Plan
 from .releases import CACHE_NAME
-
 
 # Of the largest key. Either may be rounded to 16 bits, which the dtype does not tell: under autocast it is float32.
 _ROUNDING = 0.02

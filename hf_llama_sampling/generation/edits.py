@@ -98,7 +98,7 @@ class CallersCriteria:
         if call.options.get("stop_strings"):
             if call.to_loop.get("tokenizer") is None:
                 raise ValueError("stop_strings are text, so generate needs the model's tokenizer: pass tokenizer=")
-            listed.append(StopStringCriteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
+            listed.append(_stop_string_criteria(call.to_loop["tokenizer"], call.options["stop_strings"]))
         self.criteria = listed
         self.of_length = for_each_length(listed, plan)
 
@@ -116,6 +116,17 @@ class CallersCriteria:
             for criterion in self.of_length[length]:
                 met[rows] |= _check_met(criterion, criterion(ids, scores, **kwargs), met)[rows]
         return met
+
+
+def _stop_string_criteria(tokenizer: Any, strings: list[str]) -> StopStringCriteria:
+    """Make transformers' criterion, which matches stop strings token by token."""
+    try:
+        return StopStringCriteria(tokenizer, strings)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"stop_strings are matched by what each token spells, and transformers cannot tell that of "
+            f"{type(tokenizer).__name__}'s ({error}): take stream(stop=), which decodes the text"
+        ) from error
 
 
 def rows_to_ask(plan: Plan, done: Tensor, column: int) -> list[int]:

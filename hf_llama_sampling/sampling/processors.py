@@ -55,7 +55,8 @@ class LlamaTemperatureLogitsWarper(LogitsProcessor):
         _check_scores(scores)
         if self.temperature == 0:
             return one_hot(scores.argmax(-1), scores)
-        return rule.scale(scores, self.temperature)
+        # A row of a beam search may have no token left; it stays one of -inf, as under transformers' own warper.
+        return rule.scale(scores, self.temperature).masked_fill(scores == -math.inf, -math.inf)
 
 
 class LlamaTopPLogitsWarper(LogitsProcessor):

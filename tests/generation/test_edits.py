@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 from transformers import LogitsProcessor, StoppingCriteria
 
 from hf_llama_sampling import LlamaGenerationMixin
@@ -282,6 +283,19 @@ def test_a_processor_may_forbid_tokens(tiny_model):
             )
             close([scores[: len(prompt)]], [at(plain_logprobs(tiny_model, prompt), prompt)])
             assert best[-1][3][1] == -math.inf
+
+
+def test_stop_strings_that_no_token_table_can_match_are_refused(tiny_model):
+    """transformers spells each token after Latin letters; a vocabulary of whole words without them has no table."""
+    words = Tokenizer(models.WordLevel({"\u4f60": 0, "\u597d": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    asked = {"max_gen_len": 2, "temperature": 0}
+    with pytest.raises(ValueError, match=r"what each token spells.*substring not found.*take stream\(stop=\)"):
+        tiny_model.generate([[0, 1]], stop_strings=["\u597d"], tokenizer=tokenizer, **asked)
+    *_, end = tiny_model.stream(
+        [[0, 1]], stop=["\u597d"], tokenizer=tokenizer, suppress_tokens=[0, *range(2, 1024)], **asked
+    )
+    assert end.stop_reason == "\u597d"
 
 
 def test_stop_strings_and_criteria(tiny_model, tiny_tokenizer):

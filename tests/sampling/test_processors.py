@@ -100,6 +100,13 @@ def test_temperature_divides_in_float32():
         assert torch.equal(probs > 0, best if cold else torch.nn.functional.one_hot(scores.argmax(-1), 50).bool())
 
 
+def test_a_row_with_no_token_left_stays_so():
+    """A dead beam's row of -inf is as transformers' own warpers leave it; nan would win the beam search."""
+    scores = torch.tensor([[-math.inf] * 3, [1.0, -math.inf, 2.0]])
+    assert torch.equal(LlamaTemperatureLogitsWarper(0.5)(None, scores), scores * 2)
+    assert torch.equal(LlamaTopPLogitsWarper(0.9)(None, scores)[0], scores[0])
+
+
 def test_warped_scores_give_the_samplers_distribution():
     """softmax over the warped scores is the reference's renormalized nucleus, within float32 rounding."""
     logits = torch.randn(40, 700) * 3

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from ..checks import check_int, first_not_none
+from ..checks import check_bool, check_int, first_not_none
 from ..generation.model_info import vocab_size_of
 from ..llama.llama import Llama
 from ..text.stopping import StopStrings
@@ -86,8 +86,8 @@ class LlamaLM(TemplateLM):
         self.tokenizer = getattr(self.llama.tokenizer, "tokenizer", None)
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.seeds = check_int("seeds", seeds, least=0, most=2**64 - 1)
-        self.max_length = int(first_not_none(max_length, self.llama.max_seq_len))
-        self.add_bos_token = add_bos_token
+        self.max_length = check_int("max_length", int(first_not_none(max_length, self.llama.max_seq_len)), least=1)
+        self.add_bos_token = None if add_bos_token is None else check_bool("add_bos_token", add_bos_token)
         most = vocab_size_of(self.model) - 1
         self._prefix = (
             None if prefix_token_id is None else check_int("prefix_token_id", prefix_token_id, least=0, most=most)
@@ -96,7 +96,7 @@ class LlamaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Return the id that ends a text."""
+        """Return the id that ends a text; -1 if the tokenizer has none."""
         return int(self.llama.tokenizer.eos_id)
 
     @property
@@ -105,7 +105,13 @@ class LlamaLM(TemplateLM):
         if self._prefix is not None:
             return self._prefix
         bos = int(self.llama.tokenizer.bos_id)
-        return bos if bos >= 0 else self.eot_token_id
+        found = bos if bos >= 0 else self.eot_token_id
+        if found < 0:
+            raise ValueError(
+                "a text without context is scored after BOS or EOS, and this tokenizer has neither: give "
+                "prefix_token_id"
+            )
+        return found
 
     @property
     def tokenizer_name(self) -> str:
@@ -120,7 +126,8 @@ class LlamaLM(TemplateLM):
             ids: list[int] = self.llama.tokenizer.encode(string, bos=wanted, eos=False)
             return ids
         wanted = first_not_none(add_special_tokens, self.add_bos_token)
-        bos = self.tokenizer.decode([self.prefix_token_id])
+        has_prefix = self._prefix is not None or max(self.llama.tokenizer.bos_id, self.eot_token_id) >= 0
+        bos = self.tokenizer.decode([self.prefix_token_id]) if has_prefix else ""
         if add_special_tokens is None and bos and string.startswith(bos):
             wanted = False
         options = {} if wanted is None else {"add_special_tokens": wanted}
@@ -255,7 +262,8 @@ class LlamaLM(TemplateLM):
         """Call `generate` once, with settings that all contexts share."""
         given = {name: value for name, value in settings.items() if value is not None}
         asked = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        eos = (self.tokenizer or self.llama.tokenizer).decode([self.eot_token_id])
+        eot = [self.eot_token_id] if self.eot_token_id >= 0 else []
+        eos = (self.tokenizer or self.llama.tokenizer).decode(eot)
         until = handle_stop_sequences(asked.get("until"), eos=eos or None)
         max_gen_toks, sampled = int(asked["max_gen_toks"]), bool(asked.get("do_sample"))
         left_out = _NOT_OURS if sampled else (*_NOT_OURS, *_OF_SAMPLING)

@@ -160,6 +160,25 @@ def test_a_task_may_end_texts_at_a_control_token(tiny_model, control_f):
     assert model._complete(["ROMEO:"], {"until": ["f have"], "max_gen_toks": 4}, [1]) == ["\nI I"]
 
 
+def test_tokenizers_without_bos_or_eos(tiny_model, tiny_tokenizer):
+    """They are evaluated; what needs a token before a text says so, and takes another."""
+    from lm_eval.api.instance import Instance
+
+    from hf_llama_sampling.evaluation import LlamaLM
+
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.bos_token = bare.eos_token = None
+    model = LlamaLM(tiny_model, bare)
+    settings, ids = {"until": ["zz"], "max_gen_toks": 4}, tiny_tokenizer("ROMEO:").input_ids
+    expected = tiny_model.generate([ids], max_gen_len=4, temperature=0, eos_token_id=2).tokens[0]
+    assert model._complete(["ROMEO:"], settings, [1]) == [tiny_tokenizer.decode(expected, skip_special_tokens=True)]
+    asked = [Instance("loglikelihood", {}, ("", " love"), 0)]
+    with pytest.raises(ValueError, match="this tokenizer has neither: give prefix_token_id"):
+        model.loglikelihood(asked)
+    with_bos = LlamaLM(tiny_model, tiny_tokenizer).loglikelihood(asked)[0][0]
+    assert LlamaLM(tiny_model, bare, prefix_token_id=1).loglikelihood(asked)[0][0] == pytest.approx(with_bos, abs=1e-3)
+
+
 def test_a_greedy_task_may_name_settings_of_sampling(ours):
     """They play no part in it, as in the harness; null counts as not given."""
     settings = {"until": ["zz"], "max_gen_toks": 6, "do_sample": False}
@@ -265,6 +284,10 @@ def test_bad_values_are_refused_by_name(tiny_model, tiny_tokenizer):
         LlamaLM(tiny_model, tiny_tokenizer, seeds=-1)
     with pytest.raises(ValueError, match="prefix_token_id must be from 0 to 1023, got 1024"):
         LlamaLM(tiny_model, tiny_tokenizer, prefix_token_id=1024)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        LlamaLM(tiny_model, tiny_tokenizer, max_length=0)
+    with pytest.raises(TypeError, match="add_bos_token must be True or False, got 'no'"):
+        LlamaLM(tiny_model, tiny_tokenizer, add_bos_token="no")
     with pytest.raises(ValueError, match="code that comes with a checkpoint is never run here"):
         LlamaLM(tiny_model, tiny_tokenizer, trust_remote_code=True)
     with pytest.raises(TypeError, match="takes no model argument 'load_in_8bit'"):

@@ -42,7 +42,7 @@ from .options import (
     resolve_alias,
     sort_keywords,
 )
-from .probe import Probe, equal_up_to_rounding
+from .probe import Probe, equal_up_to_rounding, window_of_model, with_short_windows
 
 if TYPE_CHECKING:
     from .request_manager import LlamaBatchingManager, ManagerSettings
@@ -323,7 +323,10 @@ def _make_manager(
 
 
 def _requests_stay_apart(model: Any, module: Any) -> bool:
-    """Try it out: run two greedy requests together in small steps, and compare their logprobs with `generate`'s."""
+    """Try it out: run two greedy requests together in small steps, and compare their logprobs with `generate`'s.
+
+    A window is made so short that these requests exceed it.
+    """
     prompts = [[token % scored_size_of(model) for token in (1, 38, 75, 112, 149)[:length]] for length in (5, 3)]
     settings = module.ManagerSettings(0.0, 1.0, 4, None, (), 1, True)
     config = transformers.ContinuousBatchingConfig(
@@ -332,6 +335,8 @@ def _requests_stay_apart(model: Any, module: Any) -> bool:
     config.use_cuda_graph = False
     modes = modes_of(model)
     try:
+        if window_of_model(model) is not None:
+            model = with_short_windows(model)
         found = module.LlamaBatchingManager(model.eval(), config, None, settings).answers_at_once(prompts)
         for prompt, result in zip(prompts, found, strict=True):
             alone = model.generate([prompt], max_gen_len=4, temperature=0, logprobs=True, eos_token_id=[])

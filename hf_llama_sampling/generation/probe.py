@@ -133,7 +133,7 @@ def goes_on_from_a_cache(model: Any, width: int) -> bool:
 
 def _window_hides(model: Any, width: int) -> bool:
     """Whether the model's mask hides the tokens that its cache drops of a text of `width` tokens."""
-    window = _window_of(model)
+    window = window_of_model(model)
     if window is None or width <= window or not _may_take(model, CACHE_NAME):
         return True
     if is_known(model) and model.config.model_type in _WITH_WINDOWS:
@@ -217,7 +217,7 @@ def _reads_by_steps(model: Any, generate: Callable[..., Any]) -> bool:
     return equal_up_to_rounding(stepped, whole, model.dtype)
 
 
-def _window_of(model: Any) -> int | None:
+def window_of_model(model: Any) -> int | None:
     """Return how many tokens of a text the model's cache keeps in its smallest layer, or None if all."""
     try:
         return window_of(DynamicCache(config=model.config))
@@ -226,15 +226,21 @@ def _window_of(model: Any) -> int | None:
 
 
 @torch.no_grad()
+def with_short_windows(model: Any) -> Any:
+    """Copy a model's modules, sharing the weights, with windows of 4 tokens."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    small = copy.deepcopy(model, shared).eval()
+    for owner in (small.config.get_text_config(decoder=True), *small.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            if isinstance(getattr(owner, name, None), int):
+                setattr(owner, name, 4)
+    return small
+
+
 def _short_window_hides(model: Any) -> bool:
-    """Try it on a copy of the modules that shares the weights, with a window of 4, so that a short text exceeds it."""
+    """Try it with a window of 4, so that a short text exceeds it."""
     try:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        small = copy.deepcopy(model, shared).eval()
-        for owner in (small.config.get_text_config(decoder=True), *small.modules()):
-            for name in ("sliding_window", "attention_chunk_size"):
-                if isinstance(getattr(owner, name, None), int):
-                    setattr(owner, name, 4)
+        small = with_short_windows(model)
         ids, cache = _some_ids(model, 12)[None], DynamicCache(config=small.config)
         whole, parts = small(input_ids=ids, use_cache=False).logits, []
         for part in (ids[:, :6], *(ids[:, at : at + 1] for at in range(6, 12))):

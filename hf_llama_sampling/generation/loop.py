@@ -32,6 +32,7 @@ from .prompt_cache import ReadTexts
 from .releases import CACHE_NAME, cache_in
 from .scoring import PromptScorer, RowScores, TokenScores, bytes_for, chunk_of, score, score_prompts
 from .sharing import leaves_cache, share_prefill
+from .streamers import WithPrompts
 
 NEVER = torch.iinfo(torch.long).max  # larger than any column
 _HANDED_ON = ("synced_gpus", "streamer")
@@ -301,7 +302,7 @@ def _without_steps(model: Any, generate: Callable[..., Any], plan: Plan, call: C
     ids, _ = plan.layout
     state = LoopState.before(plan)
     rows = _score_prompts(model, generate, plan, call) if plan.echo and plan.wants_scores else None
-    stream_prompts(ids, call)
+    stream_prompts(plan.shown, call)
     stops = row_stops(plan, state, ids)
     leave_generator(plan, stops, by_criterion=False, stream=random_stream(plan))
     return Finished(state, stops, ids, PromptScores(rows=rows), {})
@@ -346,11 +347,14 @@ def _loop_arguments(
     config = loop_config(plan, call)
     if scorer is not None and scorer.chunk < scorer.columns:
         config.prefill_chunk_size = scorer.chunk
+    handed_on = {name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None}
+    if "streamer" in handed_on:
+        handed_on["streamer"] = WithPrompts(handed_on["streamer"], plan.shown.cpu())
     return {
         "generation_config": config,
         "logits_processor": [SamplingProcessor(plan, state, stream, LogitEdits(model, plan, call))],
         "stopping_criteria": [RowStoppingCriteria(plan, state, CallersCriteria(plan, call), call.events)],
-        **{name: call.to_loop[name] for name in _HANDED_ON if call.to_loop.get(name) is not None},
+        **handed_on,
         **lay_out_beside_tokens(call.to_model, plan.layout[1]),
     }
 

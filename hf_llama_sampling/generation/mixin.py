@@ -402,7 +402,7 @@ def _run(model: Any, plan: Plan, call: Call, prompt_cache: PromptCache | None) -
     if not plan.scores_unshifted:
         return run_parts(model, loop, plan, call, prompt_cache)
     rows = unshifted_rows(model, loop, plan, call.to_model)
-    stream_prompts(plan.layout[0], call)
+    stream_prompts(plan.shown, call)
     return rows, {}
 
 

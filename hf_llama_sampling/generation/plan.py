@@ -219,6 +219,12 @@ class Plan:
             mask = torch.ones_like(ids)
         return ids.to(self.device), mask.to(self.device)
 
+    @property
+    def shown(self) -> Tensor:
+        """(B, start): the ids of the layout as callers see them, `pad_id` in place of the padding."""
+        ids, mask = self.layout
+        return ids.masked_fill(mask == 0, self.pad_id)
+
     def forced(self) -> Tensor | None:
         """(B, longest): the prompts, -1 after each one's end; None if the loop forces no token."""
         if self.padded or not self.ragged:

@@ -1,4 +1,4 @@
-"""End the caller's streamer even if the call fails, so that its readers do not wait for ever.
+"""End the caller's streamer even if the call fails, so that its readers do not wait for ever; hand it padded prompts.
 
 What this module does not do: it makes no text; the caller's streamers do.
 """
@@ -6,6 +6,8 @@ What this module does not do: it makes no text; the caller's streamers do.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 
 class _Tracked:
@@ -21,6 +23,21 @@ class _Tracked:
     def end(self) -> None:
         """End the stream."""
         self.ended = True
+        self.streamer.end()
+
+
+class WithPrompts:
+    """A streamer whose first tokens, the prompts, are replaced: the loop's own are padded with tokens of the text."""
+
+    def __init__(self, streamer: Any, prompts: Tensor) -> None:
+        self.streamer, self.prompts = streamer, [prompts]
+
+    def put(self, value: Any) -> None:
+        """Pass tokens on."""
+        self.streamer.put(self.prompts.pop() if self.prompts else value)
+
+    def end(self) -> None:
+        """End the stream."""
         self.streamer.end()
 
 

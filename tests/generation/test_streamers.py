@@ -29,9 +29,10 @@ def test_a_streamer_of_a_batch(tiny_model, schedule):
     assert torch.stack(streamer.parts[1:], 1).tolist() == out.tokens
     with pytest.raises(ValueError, match="batch size 1"):
         tiny_model.generate([SHORT] * 2, max_gen_len=2, streamer=TextStreamer(None))
-    nothing = Collect()
-    tiny_model.generate(RAGGED, max_gen_len=0, streamer=nothing, schedule="padded")
-    assert nothing.ended
+    for steps in (0, 1):
+        padded = Collect()
+        out = tiny_model.generate(RAGGED, max_gen_len=steps, streamer=padded, schedule="padded", pad_token_id=0)
+        assert padded.ended and torch.equal(padded.parts[0], out.sequences[:, : padded.parts[0].shape[1]])
 
 
 @pytest.mark.parametrize("schedule", ["reference", "padded"])

@@ -36,7 +36,7 @@ from .model_info import (
 )
 from .model_state import drops_cache
 from .options import Call, refuse_caches, resolve_alias, sort_keywords
-from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of
+from .outputs import LlamaGenerateOutput, LlamaScoreOutput, generate_output, sequences_of, widened
 from .plan import Plan, Request, make_plan
 from .probe import Probe
 from .prompt_cache import PromptCache, check_prompt_cache
@@ -174,10 +174,11 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
             rows, extras = _run(self, plan, call, prompt_cache)
 
             # 4. Answer, in transformers' convention and, where more was asked for, in Meta's beside it.
-            sequences = sequences_of(rows, plan, columns_of(given))
+            columns = columns_of(given)
+            sequences = sequences_of(rows, plan, columns)
             more = plan.wants_scores or plan.echo or call.options.get("return_dict_in_generate")
             only_ids = isinstance(given, Tensor) and not more
-            return sequences if only_ids else generate_output(rows, plan, sequences, extras)
+            return sequences if only_ids else generate_output(rows, plan, sequences, widened(extras, plan, columns))
 
     @through_peft
     def stream(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -187,6 +188,34 @@ def sequences_of(rows: Rows, plan: Plan, columns: int = 0) -> Tensor:
     lines = [[plan.pad_id] * (begin - length) + text for text, length in zip(rows.tokens, plan.lengths, strict=True)]
     width = max(map(len, lines))
     return torch.tensor([line + [plan.pad_id] * (width - len(line)) for line in lines], device=plan.device)
+
+
+def widened(extras: dict[str, Any], plan: Plan, columns: int) -> dict[str, Any]:
+    """Put zeros where the prompts' padding was given, so that hidden states and attentions line up with `sequences`.
+
+    Args:
+        extras: hidden states (B, T, H) and attentions (B, heads, T, columns so far), per step and layer.
+        plan: the layout that they come in.
+        columns: how many columns the prompts took as they were given.
+    """
+    more, width = columns - plan.longest, plan.longest
+
+    def wide(tensor: Any, step: int, name: str) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        rows = (more, 0) if step == 0 and tensor.shape[1 if name == "hidden_states" else 2] == width else (0, 0)
+        if name == "hidden_states":
+            return pad(tensor, (0, 0, *rows))
+        return pad(tensor, (more if tensor.shape[-1] == width + step else 0, 0, *rows))
+
+    if more <= 0:
+        return extras
+    changed: dict[str, Any] = {
+        name: tuple(tuple(wide(one, step, name) for one in layers) for step, layers in enumerate(extras[name]))
+        for name in ("hidden_states", "attentions")
+        if name in extras
+    }
+    return {**extras, **changed}
 
 
 def generate_output(rows: Rows, plan: Plan, sequences: Tensor, extras: dict[str, Any]) -> LlamaGenerateOutput:

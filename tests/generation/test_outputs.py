@@ -56,8 +56,17 @@ def test_completions_follow_the_columns_that_were_given(tiny_model, as_given):
     wide = padded([*RAGGED, [9] * 24], "right")
     given = as_given({"input_ids": wide["inputs"][:-1], "attention_mask": wide["attention_mask"][:-1]})
     asked = {"max_gen_len": 4, "temperature": 0, "eos_token_id": [], "return_dict_in_generate": True}
-    out = tiny_model.generate(**given, **asked)
+    model = copy.deepcopy(tiny_model)  # transformers leaves hooks on it
+    model.set_attn_implementation("eager")
+    out = model.generate(**given, **asked, output_hidden_states=True, output_attentions=True)
     assert out.sequences[:, 24:].tolist() == tiny_model.generate(RAGGED, **asked).tokens
+    for row, prompt in enumerate(RAGGED):
+        alone = model(torch.tensor([prompt]), output_hidden_states=True, output_attentions=True)
+        own = slice(24 - len(prompt), 24)
+        same = {"atol": ROUNDING, "rtol": 0}
+        torch.testing.assert_close(out.hidden_states[0][1][row, own], alone.hidden_states[1][0], **same)
+        torch.testing.assert_close(out.attentions[0][1][row, :, own, own], alone.attentions[1][0], **same)
+    assert [step[0].shape[-1] for step in out.attentions] == [24, 25, 26, 27]
 
 
 def test_extra_outputs_of_a_ragged_batch_line_up_with_rows_or_are_refused(tiny_model):

@@ -97,6 +97,7 @@ def complete(arguments: argparse.Namespace) -> int:
             streamer=streamer,
             **_completion_options(arguments),
         )
+    _say_if_unshifted(arguments, answers)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if arguments.json:
             write_json({"prompt": prompt, **answer})
@@ -119,6 +120,17 @@ def complete(arguments: argparse.Namespace) -> int:
             names = [str(token) for token in arguments.logprobs_of]
             write_named(answer["tokens"], names, answer["logprobs_of"])
     return 0
+
+
+def _say_if_unshifted(arguments: argparse.Namespace, answers: list[Any]) -> None:
+    """Say that prompts of one length were scored as the reference scores them, if nothing was generated."""
+    asked = arguments.echo and any(getattr(arguments, name) for name in _SCORES)
+    quirky = asked and arguments.compat == "meta" and arguments.max_gen_len == 0
+    if quirky and len({len(answer["tokens"]) for answer in answers}) == 1:
+        say(
+            "hf-llama-sampling complete: without new tokens the reference scores prompts of one length unshifted, "
+            "each token against itself: add --compat fixed, or take the command score"
+        )
 
 
 def _stream(llama: Any, prompts: list[str], arguments: argparse.Namespace) -> int:

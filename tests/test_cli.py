@@ -557,3 +557,15 @@ def test_chat_with_stop_strings(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed and "e" not in printed
     assert "e" not in asked[1].partition("[/INST]")[2].partition("[INST]")[0]
+
+
+def test_complete_says_where_scores_are_the_references_quirk(capsys):
+    """Prompts of one length, nothing generated; not where it is mended, where lengths differ, or with new tokens."""
+    asked = ["complete", "ROMEO:", "--echo", "--logprobs", "--json"]
+    said = []
+    for more in (["--max-gen-len", "0"], ["--max-gen-len", "0", "--compat", "fixed"], ["--max-gen-len", "1"]):
+        assert main([*asked, *more]) == 0
+        captured = capsys.readouterr()
+        said.append((json.loads(captured.out)["logprobs"][0] == 0.0, "unshifted" in captured.err))
+    assert main([*asked, "The king of all", "--max-gen-len", "0"]) == 0
+    assert said == [(False, True), (True, False), (True, False)] and capsys.readouterr().err == ""

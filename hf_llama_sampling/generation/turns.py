@@ -2,7 +2,8 @@
 
 A step of continuous batching changes the config while it runs: `is_causal`, and paged attention where the model's own
 reads no pages. Another forward in between would attend to later tokens. So such a step runs alone, and all other
-forwards run side by side. What this module does not do: it guards no forward that the caller runs.
+forwards run side by side, a caller's own too: hooks let those wait while a manager runs. What this module does not do:
+it guards no forward of the caller's that began before a manager started, or that is compiled.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from .model_state import modes_of, set_modes
 from .view import Observer, inside
@@ -25,12 +28,14 @@ class Turns:
         self.alone = False  # whether it is one that runs alone
         self.managers = 0  # of continuous batching that run
         self.modes: list[tuple[Any, bool]] = []  # of the model's parts before the first of them
+        self.hooks: list[Any] = []  # on the model and its body, while one runs
 
     def begin_managing(self, model: Any) -> None:
         """Switch the model to evaluation for the time in which at least one manager runs."""
         with self.without_others():
             if not self.managers:
                 self.modes = modes_of(model)
+                self.hooks = _let_forwards_wait(self, model)
             self.managers += 1
             model.eval()
 
@@ -40,7 +45,9 @@ class Turns:
             self.managers -= 1
             if not self.managers:
                 set_modes(self.modes)
-                self.modes = []
+                for hook in self.hooks:
+                    hook.remove()
+                self.modes, self.hooks = [], []
 
     def beside_others(self) -> contextlib.AbstractContextManager[None]:
         """Wait for a forward that runs alone."""
@@ -78,6 +85,40 @@ class Turns:
         if me[1]:
             return not self.running and not earlier
         return not (self.running and self.alone) and not any(alone for _, alone in earlier)
+
+
+def _let_forwards_wait(turns: Turns, model: Any) -> list[Any]:
+    """Hook the model and its body, so that whoever calls them waits for a forward that runs alone."""
+    held = threading.local()  # the turns that this thread's calls have taken
+
+    def enter(module: Any, inputs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            held.turns = [*getattr(held, "turns", ()), turns.beside_others()]
+            held.turns[-1].__enter__()
+
+    def leave(module: Any, inputs: Any, output: Any) -> None:
+        if getattr(held, "turns", None):
+            held.turns.pop().__exit__(None, None, None)
+
+    hooks = []
+    for module in {id(module): module for module in (model, model.base_model)}.values():
+        hooks.append(module.register_forward_pre_hook(_Hook(enter), prepend=True))
+        hooks.append(module.register_forward_hook(_Hook(leave), always_call=True))
+    return hooks
+
+
+class _Hook:
+    """A hook of a running manager's model; in a copy of the model it does nothing."""
+
+    def __init__(self, run: Callable[..., None] | None = None) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> None:
+        if self.run is not None:
+            self.run(*args)
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _Hook, ()
 
 
 _TURNS: dict[int, Turns] = {}  # by the config's id, which models that share their weights share too

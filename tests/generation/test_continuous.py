@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import copy
+import pickle
 import random
 import sys
 
@@ -318,6 +319,32 @@ def test_forwards_beside_steps_see_nothing_of_them(attention):
         assert all(pool.map(lambda call: all(call() for _ in range(3)), calls))
     assert (model.config.to_dict(), [module.training for module in model.modules()]) == (config, modes)
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_callers_own_forwards_beside_a_manager(attention):
+    """Of the model, of its body, of a copy, and ones that fail: they wait for its steps, and leave nothing behind."""
+    model = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=attention).eval()
+    text = torch.tensor([[BOS, *range(40, 60)]])
+    logits, states = model(text).logits, model.model(text)[0]
+    asked = {"max_gen_len": 40, "temperature": 0, "eos_token_id": []}
+    tokens = model.generate([SHORT], **asked).tokens[0]
+
+    def forwards(tried):
+        with pytest.raises(IndexError):
+            tried(text + 1024)
+        found = tried(text).logits, tried.model(text)[0]
+        return all(torch.allclose(*pair, atol=1e-3) for pair in zip(found, (logits, states), strict=True))
+
+    with model.continuous_batching_context_manager(**asked) as manager:
+        names = [manager.add_request(SHORT, streaming=name == 0) for name in range(4)]
+        manager.get_result()  # the first token: it is in flight
+        while manager.batch_processor.has_pending_requests():
+            assert forwards(model)
+        twin = pickle.loads(pickle.dumps(model))
+    results = {result.request_id: result for result in manager if result.is_finished()}
+    assert [results[name].generated_tokens for name in names] == [tokens] * 4
+    assert forwards(model) and forwards(twin) and not model._forward_pre_hooks and not model.model._forward_hooks
 
 
 @torch.no_grad()

@@ -153,11 +153,14 @@ def for_each_part(call: Call, parts: int) -> list[Call]:
 
 
 def copied(function: Any) -> Any:
-    """Copy a processor or criterion, its attributes shared; what cannot be copied, such as a function, is returned."""
+    """Copy a processor or criterion with its dicts, its other attributes shared; a function cannot be copied."""
     try:
-        return copy.copy(function)
+        twin = copy.copy(function)
+        if twin is not function:
+            vars(twin).update({name: copy.copy(one) for name, one in vars(twin).items() if isinstance(one, dict)})
     except Exception:  # its class decides
         return function
+    return twin
 
 
 def own_texts(
@@ -319,11 +322,7 @@ def _name_of(function: Any) -> str:
 
 def _as_new(processor: Any) -> Any:
     """Copy a processor whose state would go on in the caller's next call; others are returned."""
-    if type(processor).__name__ not in _STATEFUL:
-        return processor
-    fresh = copy.copy(processor)
-    vars(fresh).update({name: dict(value) for name, value in vars(processor).items() if isinstance(value, dict)})
-    return fresh
+    return copied(processor) if type(processor).__name__ in _STATEFUL else processor
 
 
 def _refuse_stateful(processors: Sequence[Any]) -> None:

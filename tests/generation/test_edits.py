@@ -355,12 +355,14 @@ def test_what_a_processor_remembers_is_of_its_own_rows(tiny_model, schedule):
         """Forces an id from the third new token on, and another in every second call."""
 
         def __init__(self):
-            self.begin, self.calls = None, 0
+            self.begin, self.calls, self.of_row = None, 0, {}
 
         def __call__(self, input_ids, scores):
             self.begin = input_ids.shape[1] if self.begin is None else self.begin
             self.calls += 1
+            self.of_row[0] = self.of_row.get(0, 0) + 1
             forced = 9 if input_ids.shape[1] - self.begin > 2 else 8 if self.calls % 2 == 0 else None
+            assert self.of_row == {0: self.calls}
             return (
                 scores if forced is None else torch.full_like(scores, -math.inf).index_fill(1, torch.tensor(forced), 0)
             )

@@ -66,7 +66,7 @@ class LlamaBatchingManager(ContinuousBatchingManager):
         self._adds_rows = False  # whether `add_rows` adds requests
         self._switched = False  # whether the model's attention reads pages
         self._paged: list[tuple[Any, str]] = []  # configs, and the attention of each in a step
-        own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len)
+        own = GenerationConfig(do_sample=False, max_new_tokens=settings.max_gen_len or None)  # it refuses 0
         own.eos_token_id, own.num_return_sequences = list(settings.eos_ids) or -1, settings.num_return_sequences
         config = copy.copy(config)
         config.return_logprobs = True  # also needed to report logits with nan or inf

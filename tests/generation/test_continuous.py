@@ -201,6 +201,8 @@ def test_limits_and_endings(tiny_model):
     expected = tiny_model.generate(RAGGED, max_seq_len=8, **asked)
     out = tiny_model.generate_batch(RAGGED, max_seq_len=8, **asked)
     assert answers(out) == expected.tokens and list(map(len, expected.tokens)) == [0, 1, 6]
+    with tiny_model.continuous_batching_context_manager(max_gen_len=0) as manager:
+        assert manager.get_result(manager.add_request(SHORT)).generated_tokens == []
     stop = expected.tokens[2][3]
     (result,) = tiny_model.generate_batch(RAGGED[2:], max_gen_len=9, seeds=5, eos_token_id=[stop, 3]).values()
     assert result.generated_tokens == expected.tokens[2][: expected.tokens[2].index(stop) + 1]

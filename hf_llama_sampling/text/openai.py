@@ -74,13 +74,14 @@ class Choice:
         }
 
     def _tops(self, logprobs: Sequence[float], speller: TokenSpeller) -> list[dict[str, float]]:
-        """Map names to logprobs: the best tokens and the actual one; on equal names keep the first (best)."""
+        """Map names to logprobs: the best tokens and the actual one; of equal names all but the first are ids."""
         assert self.top_logprobs is not None
         found = []
         for token, logprob, best in list(zip(self.ids, logprobs, self.top_logprobs, strict=True))[self.unscored :]:
             names: dict[str, float] = {}
-            for other, value in [*best, (token, logprob)]:
-                names.setdefault(speller.name_of(other), max(value, _LEAST))
+            for other, value in (dict(best) | {token: logprob}).items():
+                name = speller.name_of(other)
+                names[f"token_id:{other}" if name in names else name] = max(value, _LEAST)
             found.append(names)
         return found
 

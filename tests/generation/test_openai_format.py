@@ -92,6 +92,18 @@ def test_without_logprobs_and_with_the_best_alone(tiny_model, tokenizer, prompts
         tiny_model.generate(prompts, max_gen_len=2, top_logprobs=1).to_openai(tokenizer)
 
 
+def test_best_tokens_of_one_text_stay_apart(tiny_model, tokenizer, prompts):
+    """A SentencePiece vocabulary spells a letter by a piece and by a byte: the less probable one is named by its id."""
+    out = tiny_model.generate(prompts, max_gen_len=1, temperature=0, logprobs=True, top_logprobs=1024)
+    for choice, ((best, *_),) in zip(
+        out.to_openai(tokenizer)["choices"], zip(out.top_logprobs, strict=True), strict=True
+    ):
+        (names,) = choice["logprobs"]["top_logprobs"]
+        assert [*names.values()] == [value for _, value in best] and len(names) == 1024
+        ids = [id for (id, _), name in zip(best, names, strict=True) if name == f"token_id:{id}"]
+        assert ids and len({name for name in names if not name.startswith("token_id:")}) == 1024 - len(ids)
+
+
 def test_what_cannot_be_has_the_apis_own_least_logprob(tiny_model, tokenizer):
     """JSON has no infinity: tokens that a processor forbids, among the best ones, have -9999.0."""
     allowed = [13, 985]

@@ -15,6 +15,7 @@ from hf_llama_sampling.batch.engine import Engine
 from hf_llama_sampling.batch.fingerprint import fingerprint
 from hf_llama_sampling.batch.requests import InputIndex, RecordReader
 from hf_llama_sampling.batch.settings import RunSettings
+from hf_llama_sampling.cli import main
 from tests.batch.helpers import SETTINGS, ask_all, read, some_records, stop_after, stopped, write
 
 pytestmark = pytest.mark.slow
@@ -287,19 +288,17 @@ def test_no_output_stands_on_an_input_or_on_a_file_of_others(llama, tmp_path, ex
 
 
 @pytest.mark.launches
-def test_no_output_stands_on_the_file_behind_standard_input(tmp_path):
+def test_no_output_stands_on_the_file_behind_standard_input(tmp_path, capsys):
     """`batch - FILE < FILE` is refused too, by the command, before a model is loaded."""
     source = write(tmp_path / "in", some_records(2))
     before = Path(source).read_bytes()
-    for source_name in ("-", str(source)):
-        with open(source, "rb") as stdin:
-            ran = subprocess.run(
-                [sys.executable, "-m", "hf_llama_sampling", "batch", source_name, str(source), "--existing", "restart"],
-                stdin=stdin,
-                capture_output=True,
-                text=True,
-            )
-        assert ran.returncode == 2 and "must not stand on the input" in ran.stderr
+    command = ["batch", str(source), str(source), "--existing", "restart"]
+    assert main(command) == 2 and "must not stand on the input" in capsys.readouterr().err
+    command[1] = "-"
+    with open(source, "rb") as stdin:
+        started = [sys.executable, "-m", "hf_llama_sampling", *command]
+        ran = subprocess.run(started, stdin=stdin, capture_output=True, text=True)
+    assert ran.returncode == 2 and "must not stand on the input" in ran.stderr
     assert Path(source).read_bytes() == before
 
 

@@ -356,8 +356,14 @@ def test_the_command_refuses_by_name(arguments, words, capsys, monkeypatch):
 
 
 @pytest.mark.weights
-def test_a_gguf_model_is_evaluated(weights_file, tasks, capsys):
-    """The harness' own class scores no GGUF file."""
+def test_a_gguf_model_is_evaluated(weights_file, weights, weights_tokenizer, tasks, capsys, monkeypatch):
+    """The harness' own class scores no GGUF file; here `Llama.build` gets it, and has loaded it before."""
+
+    def build(ckpt_dir, tokenizer_path, *others, **options):
+        assert ckpt_dir == tokenizer_path == str(weights_file)
+        return Llama(weights, weights_tokenizer)
+
+    monkeypatch.setattr(Llama, "build", build)
     where = ["--model", str(weights_file), "--include-path", str(tasks.folder), "--limit", "2"]
     assert main(["lm-eval", "--tasks", "local_choice", *where]) == 0
     assert "acc_norm" in capsys.readouterr().out

@@ -307,11 +307,10 @@ TOWERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 ALL = [*TEXT, *TOWERS]
 # One of each kind. FAMILIES=all in the environment takes all.
 CORE = """llama
-llama_linear llama_dynamic llama_yarn llama_llama3 llama_longrope mistral mixtral gemma gemma2 gemma3_text qwen2
-qwen3_moe qwen3_next phi phi3 phi3_longrope gpt2 gpt_neo gpt_neox gptj codegen opt bloom mpt falcon falcon_alibi
-falcon_mamba stablelm olmo2 granite cohere starcoder2 deepseek_v3 glm4 smollm3 mamba mamba2 rwkv recurrent_gemma
-jamba bamba lfm2 minimax xlnet ctrl biogpt xglm gpt_oss llama4_text bart bert bert_not_causal openai-gpt xlstm
-llava gemma3 qwen2_vl mllama chameleon moshi""".split()  # noqa: SIM905
+llama_dynamic llama_llama3 llama_longrope mistral mixtral gemma2 gemma3_text qwen3_next phi phi3_longrope gpt2
+gpt_neo gpt_neox gptj opt bloom mpt falcon_alibi stablelm olmo2 cohere deepseek_v3 mamba mamba2 rwkv
+recurrent_gemma jamba bamba lfm2 minimax xlnet ctrl biogpt xglm gpt_oss llama4_text bart bert bert_not_causal
+openai-gpt xlstm gemma3 qwen2_vl mllama chameleon moshi""".split()  # noqa: SIM905
 # For tests of caches: of keys and values, of windows, of chunks, with states beside them or instead, and none.
 CACHES = ["llama_longrope", "gemma2", "bloom", "lfm2", "mamba", "recurrent_gemma", "minimax", "xlnet", "bart", "moshi"]
 LONG = os.environ.get("FAMILIES") == "all"

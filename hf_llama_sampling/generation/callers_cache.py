@@ -13,12 +13,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from .caches import keys_of
 from .inference import is_watched
+from .model_info import length_limit
 from .model_state import trains
 from .plan import Plan
 from .releases import CACHE_NAME
 
 # Of the largest key. Either may be rounded to 16 bits, which the dtype does not tell: under autocast it is float32.
 _ROUNDING = 0.02
+_READ = 512  # most columns to read again: more would cost percents of the call
 
 
 class _FirstKeys(Exception):
@@ -53,17 +55,21 @@ def refuse_another_text(model: Any, generate: Callable[..., Any], plan: Plan, ca
     """
     if not held or trains(model) or any(map(is_watched, model.modules())):
         return
-    found = _first_keys(model, generate, plan, held)
+    read = held if length_limit(model) is not None else min(held, _READ)  # keys may depend on the text's length
+    found = _first_keys(model, generate, plan, read)
     given = None if found is None else keys_of(cache, found.layer, held)
     if found is None or given is None or given.shape[:2] != found.keys.shape[:2]:
         return
-    computed = found.keys[:, :, held - given.shape[2] :].float()
-    shown = plan.layout[1][:, held - given.shape[2] : held].bool().to(computed.device)  # (B, columns)
+    first = held - given.shape[2]  # the first column that the cache still holds
+    if first >= read:
+        return
+    computed, given = found.keys[:, :, first:].float(), given[:, :, : read - first].float()
+    shown = plan.layout[1][:, first:read].bool().to(computed.device)  # (B, columns)
     allowed = _ROUNDING * computed.abs().max()
-    differs = ((computed - given.float()).abs().amax((1, 3)) > allowed) & shown
+    differs = ((computed - given).abs().amax((1, 3)) > allowed) & shown
     if differs.any():
         row, column = differs.nonzero()[0].tolist()
-        position = column + held - given.shape[2] - plan.offsets[row]
+        position = column + first - plan.offsets[row]
         raise ValueError(
             "past_key_values must hold the beginning of the prompts, behind the same padding, and at position "
             f"{position} of row {plan.row_ids[row]} it holds something else: leave it out, and pass "

@@ -1,5 +1,6 @@
 """Caches: of every kind, and handed from call to call."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_llama_sampling import PromptCache
+from hf_llama_sampling.generation import callers_cache
 from hf_llama_sampling.generation.releases import CACHE_NAME
 from tests.generation.helpers import RAGGED, SHORT, close
 
@@ -133,6 +135,19 @@ def test_a_cache_that_was_computed_in_other_bits_is_taken(tiny_model):
             held = tiny_model(ids[:, :30]).past_key_values
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not first):
             assert tiny_model.generate(ids, past_key_values=held, max_gen_len=2, temperature=0).shape[1] > 41
+
+
+def test_of_a_long_cache_the_beginning_is_looked_at(tiny_model, monkeypatch):
+    """Reading all of it again would cost percents of a call."""
+    monkeypatch.setattr(callers_cache, "_READ", 4)
+    text = [1, *range(305, 315)]
+    asked = {"max_gen_len": 2, "temperature": 0, "eos_token_id": []}
+    for place, refused in ((2, True), (6, False)):
+        held = DynamicCache()
+        tiny_model.generate([text], past_key_values=held, **asked)
+        other = [*text[:place], 500, *text[place + 1 :]]
+        with pytest.raises(ValueError, match="at position 2 of row 0") if refused else contextlib.nullcontext():
+            tiny_model.generate([other], past_key_values=held, **asked)
 
 
 def test_a_prefix_is_behind_the_batchs_padding(tiny_model):

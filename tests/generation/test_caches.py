@@ -145,7 +145,7 @@ def test_of_a_long_cache_the_beginning_is_looked_at(tiny_model, monkeypatch):
     for place, refused in ((2, True), (6, False)):
         held = DynamicCache()
         tiny_model.generate([text], past_key_values=held, **asked)
-        other = [*text[:place], 500, *text[place + 1 :]]
+        other = [*text[:place], 500, *text[place + 1 :], 6, 7]
         with pytest.raises(ValueError, match="at position 2 of row 0") if refused else contextlib.nullcontext():
             tiny_model.generate([other], past_key_values=held, **asked)
 

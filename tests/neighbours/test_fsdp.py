@@ -40,7 +40,7 @@ def test_a_wrapped_model_is_refused_with_the_way_out(tiny_model, group):
     assert with_llama_generation(wrapped.module) is wrapped.module
 
 
-def test_processes_that_go_in_step_forward_equally_often(tiny_model):
+def test_processes_that_go_in_step_forward_equally_often(tiny_model, group):
     """Where `synced_gpus` says so nothing is shared: another process may have nothing to share, and would wait."""
     forwards = []
     hook = tiny_model.register_forward_hook(lambda *_: forwards.append(1))

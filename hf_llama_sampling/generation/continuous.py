@@ -21,13 +21,12 @@ from transformers import GenerationConfig
 
 from ..checks import PerRow, check_bool, check_count, check_int, check_seeds, first_not_none
 from ..sampling.settings import SamplingSettings
-from .adapters import refuse_invocation_tokens, soft_prompts_of, through_peft
+from .adapters import soft_prompts_of, through_peft
 from .inputs import check_lengths, read_prompts
 from .model_info import (
     check_max_seq_len,
     eos_ids_of,
-    refuse_encoder_decoder,
-    refuse_without_weights,
+    refuse_unusable,
     scored_size_of,
     vocab_size_of,
 )
@@ -220,9 +219,7 @@ class LlamaContinuousMixin:
 def _read_call(model: Any, config: GenerationConfig | None, kwargs: dict[str, Any], method: str) -> Call:
     """Sort the call's options; refuse those that continuous batching, or this release, does not support."""
     _manager_module()
-    refuse_encoder_decoder(model)
-    refuse_without_weights(model)
-    refuse_invocation_tokens(model)
+    refuse_unusable(model)
     if soft_prompts_of(model) is not None:
         raise ValueError(
             "continuous batching has no place for soft prompts, which stand before each text: use generate"

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from ..checks import PerRow, check_int
 from ..text.stopping import Stop
 from ..text.tokens import TokenSpeller
-from .adapters import is_peft_model, refuse_invocation_tokens, refuse_lost_soft_prompts, through_peft, with_inner
+from .adapters import is_peft_model, refuse_lost_soft_prompts, through_peft, with_inner
 from .continuations import LlamaContinuationOutput, continuations_scored
 from .continuous import LlamaContinuousMixin
 from .events import Decoders, EventSource, TokenEvent
@@ -29,7 +29,7 @@ from .model_info import (
     named_pad_id,
     refuse_encoder_decoder,
     refuse_unscored,
-    refuse_without_weights,
+    refuse_unusable,
     refuse_wrapper,
     scored_size_of,
     vocab_size_of,
@@ -284,9 +284,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
 
         >>> model.score_tokens([[1, 306, 4658], [1, 450]]).logprobs
         """
-        refuse_encoder_decoder(self)
-        refuse_without_weights(self)
-        refuse_invocation_tokens(self)
+        refuse_unusable(self)
         top = check_int("top_logprobs", top_logprobs, least=0, most=scored_size_of(self))
         chunk_bytes = check_int("chunk_bytes", chunk_bytes, least=1)
         cache_bytes = check_int("cache_bytes", cache_bytes, least=0)
@@ -342,9 +340,7 @@ class LlamaGenerationMixin(LlamaContinuousMixin, GenerationMixin):
 
         >>> model.score_continuations([[1, 306, 4658]], [[[825], [393, 278]]]).totals
         """
-        refuse_encoder_decoder(self)
-        refuse_without_weights(self)
-        refuse_invocation_tokens(self)
+        refuse_unusable(self)
         loop = _transformers_generate(self)
         probe = Probe(self, loop)
         refuse_other_positions(self, probe)
@@ -365,9 +361,7 @@ def _read_call(
     model: Any, inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[Call, list[list[int]], Any]:
     """Sort the keywords of `generate`, and read the prompts as lists; return these beside the prompts as given."""
-    refuse_encoder_decoder(model)
-    refuse_without_weights(model)
-    refuse_invocation_tokens(model)
+    refuse_unusable(model)
     events = kwargs.pop("streamer") if isinstance(kwargs.get("streamer"), EventSource) else None
     call = sort_keywords(model, config, kwargs, _OWN_ARGUMENTS)
     call.events = events

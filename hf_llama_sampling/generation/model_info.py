@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..checks import check_int, first_not_none, to_list, to_scalar
-from .adapters import virtual_tokens
+from .adapters import refuse_invocation_tokens, virtual_tokens
 
 # Names of position tables in transformers' models, and of submodules that do not process text.
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|pos_encoding|positions_embed|embed_positions|\w*position_embeddings?)$")
@@ -155,7 +155,14 @@ def named_pad_id(model: Any, options: dict[str, Any]) -> int | None:
     return None if pad_id is None else int(to_scalar(pad_id))
 
 
-def refuse_without_weights(model: Any) -> None:
+def refuse_unusable(model: Any) -> None:
+    """Refuse a model that no method can run: an encoder-decoder, one without weights, or one with activated LoRA."""
+    refuse_encoder_decoder(model)
+    _refuse_without_weights(model)
+    refuse_invocation_tokens(model)
+
+
+def _refuse_without_weights(model: Any) -> None:
     """Refuse a model whose weights are not there (device meta), and that no hook of accelerate's fetches."""
     if model.device.type == "meta" and not any("_hf_hook" in vars(module) for module in model.modules()):
         raise ValueError(
